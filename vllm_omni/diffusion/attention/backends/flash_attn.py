@@ -1,0 +1,70 @@
+"""FlashAttention: version 3 on Hopper (package ``fa3-fwd``), version 2 (package ``flash-attn``) elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+from vllm_omni.diffusion.attention.backends.abstract import AttentionBackend
+
+
+class FlashAttentionBackend(AttentionBackend):
+    """Takes no mask: its kernels know causality and lengths only."""
+
+    name: ClassVar[str] = "FLASH_ATTN"
+
+    def why_unavailable(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"it needs an NVIDIA GPU, the device is {device.type}"
+        major = torch.cuda.get_device_capability(device)[0]
+        if major < 8:
+            return f"it needs compute capability 8.0 or newer, the GPU has {major}.x"
+        if _package(major) is None:
+            return "install fa3-fwd (Hopper) or flash-attn"
+        return None
+
+    def why_unsupported(
+        self, query: torch.Tensor, key: torch.Tensor, causal: bool, attn_mask: torch.Tensor | None
+    ) -> str | None:
+        if attn_mask is not None:
+            return "it takes no attention mask"
+        if query.dtype not in (torch.float16, torch.bfloat16):
+            return f"it needs float16 or bfloat16, the inputs are {query.dtype}"
+        if query.shape[-1] > 256 or query.shape[-1] % 8:
+            return f"it needs a head size that is a multiple of 8 up to 256, got {query.shape[-1]}"
+        return None
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        softmax_scale: float,
+        causal: bool,
+        attn_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        kernel = _kernel(torch.cuda.get_device_capability(query.device)[0])
+        output = kernel(query, key, value, softmax_scale=softmax_scale, causal=causal)
+        # Some releases return (output, softmax log-sum-exp), others the output alone.
+        return output[0] if isinstance(output, tuple) else output
+
+
+def _package(major: int) -> str | None:
+    """The importable module for a GPU of compute capability ``major``."""
+    candidates = ("fa3_fwd_interface", "flash_attn") if major == 9 else ("flash_attn",)
+    return next((name for name in candidates if importlib.util.find_spec(name) is not None), None)
+
+
+@functools.cache
+def _kernel(major: int) -> Callable[..., Any]:
+    package = _package(major)
+    if package is None:
+        raise ImportError("FlashAttention is not installed: install fa3-fwd (Hopper) or flash-attn")
+    module = importlib.import_module(package)
+    kernel: Callable[..., Any] = module.flash_attn_func
+    return kernel

@@ -1,0 +1,248 @@
+"""The engine's configuration, and what a pipeline returns.
+
+Every option is declared once, here: its default, its help text and its check. The command line is derived from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from vllm_omni import envs
+from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.errors import (
+    FeatureNotAvailableError,
+    InvalidConfigError,
+    InvalidModelFolderError,
+    nearest_name,
+)
+from vllm_omni.platforms import default_device, get_platform
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+ATTENTION_BACKENDS = ("TORCH_SDPA", "CUDNN_ATTN", "FLASH_ATTN")
+
+
+def _option(default: Any, help_text: str, **extra: Any) -> Any:
+    return field(default=default, metadata={"help": help_text, **extra})
+
+
+def _planned(default: Any, feature: str, **extra: Any) -> Any:
+    """An option whose feature is not there yet: any other value than the default is refused by name."""
+    return field(default=default, metadata={"help": f"{feature} (not available yet)", "planned": feature, **extra})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionParallelConfig:
+    """How many ranks share the work, and how."""
+
+    tensor_parallel_size: int = _planned(1, "tensor parallelism")
+    cfg_parallel_size: int = _planned(1, "CFG parallelism")
+    ulysses_degree: int = _planned(1, "Ulysses sequence parallelism")
+    ring_degree: int = _planned(1, "ring sequence parallelism")
+    data_parallel_size: int = _planned(1, "data parallelism")
+    vae_parallel_size: int = _planned(1, "VAE parallelism")
+    use_hsdp: bool = _planned(False, "sharded weights (FSDP2)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Skipping of transformer work between similar steps."""
+
+    cache_backend: Literal["tea_cache", "cache_dit"] | None = _planned(None, "step caching")
+    cache_config: Mapping[str, Any] | None = _planned(None, "step caching", cli=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """What is traded for memory."""
+
+    enable_cpu_offload: bool = _planned(False, "CPU offload")
+    enable_layerwise_offload: bool = _planned(False, "layerwise offload")
+    vae_use_slicing: bool = _option(False, "decode the pictures of a batch one by one")
+    vae_use_tiling: bool = _option(False, "decode large pictures in overlapping tiles")
+
+
+# The parts of the configuration; their fields are flat options like all others.
+_NESTED: dict[str, type[Any]] = {
+    "parallel_config": DiffusionParallelConfig,
+    "cache": CacheConfig,
+    "memory": MemoryConfig,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OmniDiffusionConfig:
+    """Everything that is fixed when the engine starts. Built by :meth:`from_options`.
+
+    ``model`` is a local folder in the layout of a diffusers pipeline. A hub id was resolved before.
+    """
+
+    model: str = field(metadata={"cli": False})
+    model_class_name: str = field(metadata={"cli": False})
+    revision: str | None = _option(None, "branch, tag or commit of a model on the hub")
+    dtype: str = _option(
+        "auto", "dtype of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU", choices=("auto", *DTYPES)
+    )
+    device: str = _option("auto", "cpu, cuda or cuda:<index>; auto: a GPU if there is one")
+    load_format: Literal["auto", "dummy"] = _option(
+        "auto", "auto: read the weights; dummy: random weights of full size", choices=("auto", "dummy")
+    )
+    attention_backend: str | None = _option(
+        None,
+        "attention backend by name; absent: DIFFUSION_ATTENTION_BACKEND, else the fastest that the inputs allow",
+        choices=ATTENTION_BACKENDS,
+    )
+    enforce_eager: bool = _option(True, "run the transformer eagerly; False, for torch.compile, is not available yet")
+    max_batch_size: int = _option(16, "most pictures that share one forward of the transformer")
+    max_num_seqs: int = _option(64, "most requests that are in progress at once")
+    quantization: str | None = _planned(None, "quantization")
+    enable_prompt_embed_cache: bool = _planned(False, "the prompt embedding cache")
+    parallel_config: DiffusionParallelConfig = field(default_factory=DiffusionParallelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+
+    def __post_init__(self) -> None:
+        for part in (self, self.parallel_config, self.cache, self.memory):
+            for option in _plain_fields(type(part)):
+                _check_option(option, getattr(part, option.name))
+        if not self.enforce_eager:
+            raise FeatureNotAvailableError("enforce_eager=False: torch.compile is not available yet; leave it out")
+
+    @classmethod
+    def from_options(cls, *, model: str, model_class_name: str, **options: Any) -> OmniDiffusionConfig:
+        """The configuration of flat options. Raises ``InvalidConfigError`` for one that is unknown or out of range,
+        ``FeatureNotAvailableError`` for one whose feature does not exist yet."""
+        check_option_names(options)
+        nested: dict[str, Any] = {}
+        for part, part_class in _NESTED.items():
+            names = {f.name for f in dataclasses.fields(part_class)}
+            nested[part] = part_class(**{name: options.pop(name) for name in names & options.keys()})
+        options.setdefault("attention_backend", envs.attention_backend())
+        if options.get("device") in (None, "auto"):
+            options["device"] = str(default_device())
+        if options.get("dtype") in (None, "auto"):
+            options["dtype"] = _dtype_name(get_platform(_parse_device(options["device"])).default_dtype)
+        if isinstance(options["dtype"], torch.dtype):
+            options["dtype"] = _dtype_name(options["dtype"])
+        return cls(model=model, model_class_name=model_class_name, **options, **nested)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def torch_device(self) -> torch.device:
+        return _parse_device(self.device)
+
+    @property
+    def tf_model_config(self) -> Mapping[str, Any]:
+        """The transformer's ``config.json``."""
+        return self.component_config("transformer")
+
+    def component_config(self, component: str, filename: str = "config.json") -> Mapping[str, Any]:
+        """A component's JSON configuration. Raises ``InvalidModelFolderError`` if it is missing or broken."""
+        config = read_json(Path(self.model) / component / filename)
+        if not isinstance(config, dict):
+            raise InvalidModelFolderError(f"{self.model}/{component}/{filename} must hold a JSON object")
+        return config
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a model folder. Raises ``InvalidModelFolderError`` if it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InvalidModelFolderError(f"{path} is missing; a diffusers pipeline folder has it") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InvalidModelFolderError(f"{path} is not valid JSON: {error}") from error
+
+
+def engine_options() -> dict[str, dataclasses.Field[Any]]:
+    """All flat options of the engine by name, in the order of declaration."""
+    options: dict[str, dataclasses.Field[Any]] = {}
+    for config_field in dataclasses.fields(OmniDiffusionConfig):
+        if config_field.name in _NESTED:
+            options |= {f.name: f for f in dataclasses.fields(_NESTED[config_field.name])}
+        elif config_field.name not in ("model", "model_class_name"):
+            options[config_field.name] = config_field
+    return options
+
+
+def check_option_names(options: Mapping[str, Any]) -> None:
+    """Raises ``InvalidConfigError`` for a name that no option has, with the nearest one that exists."""
+    allowed = engine_options()
+    for name in options:
+        if name not in allowed:
+            raise InvalidConfigError(f"unknown option {name!r}; {nearest_name(name, allowed)}", option=name)
+
+
+def _plain_fields(config_class: type) -> list[dataclasses.Field[Any]]:
+    return [f for f in dataclasses.fields(config_class) if f.name not in _NESTED]
+
+
+def _check_option(option: dataclasses.Field[Any], value: Any) -> None:
+    name, default = option.name, option.default
+    feature = option.metadata.get("planned")
+    if feature is not None:
+        if value != default or type(value) is not type(default):
+            raise FeatureNotAvailableError(f"{name}={value!r}: {feature} is not available yet; leave the option out")
+        return
+    choices = option.metadata.get("choices")
+    if choices is not None and value not in choices and value != default:
+        raise InvalidConfigError(f"{name}={value!r} must be one of {', '.join(choices)}", option=name)
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise InvalidConfigError(f"{name}={value!r} must be True or False", option=name)
+    elif isinstance(default, int) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise InvalidConfigError(f"{name}={value!r} must be an integer of at least 1", option=name)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _parse_device(device: Any) -> torch.device:
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InvalidConfigError(f"device={device!r} must be cpu, cuda or cuda:<index>", option="device") from None
+    if parsed.type not in ("cpu", "cuda"):
+        raise InvalidConfigError(f"device={device!r} must be cpu, cuda or cuda:<index>", option="device")
+    if parsed.type == "cuda":
+        count = torch.cuda.device_count()
+        if (parsed.index or 0) >= count:
+            raise InvalidConfigError(f"device={device!r}: this machine has {count} usable GPUs", option="device")
+    return parsed
+
+
+@dataclass(frozen=True)
+class DiffusionOutput:
+    """What a pipeline returns: pixels in [-1, 1] or samples, one row per output, or latents if asked for."""
+
+    output: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestSpec:
+    """What requests a pipeline takes, known before its weights are loaded.
+
+    ``defaults`` names the parameters that depend on the model, with the value that an absent one gets. A request
+    that sets another one of them is refused. ``check`` raises ``InvalidRequestError`` for what only the model knows.
+    """
+
+    defaults: Mapping[str, Any]
+    size_multiple: int = 1  # pixels; height and width must be multiples of it
+    output_types: tuple[str, ...] = ("pil", "np", "pt", "latent")
+    prompt_keys: frozenset[str] = frozenset({"prompt"})
+    extra_args: frozenset[str] = frozenset()
+    check: Callable[[OmniDiffusionRequest], None] | None = None

@@ -1,0 +1,264 @@
+"""The one denoising loop, one step at a time.
+
+A request's whole state between two steps is a :class:`DenoiseState`. :func:`denoise_step` advances any set of them,
+at different steps, scales and prompts, in as few forwards of the transformer as their shapes allow.
+
+Shapes: N outputs of one request, B rows of one forward, T steps, L condition tokens, ``...`` the latent dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from vllm_omni.diffusion.data import DiffusionOutput
+from vllm_omni.diffusion.guidance import CombineRule, Guidance
+from vllm_omni.diffusion.request import OmniDiffusionRequest
+
+# Inputs of one branch. Tensors have one row, shared by all outputs of the request, or one row per output.
+# Anything else (a shape, a flag) must be hashable, and requests share a forward only if it is equal.
+Conditions = Mapping[str, Any]
+
+# From this many latent values per output on, a forward is bound by arithmetic: padding would waste it, and a mask
+# would rule out the fastest attention kernels. 1024 x 1024 pixels are 262,144 values in Qwen-Image.
+_NO_PADDING_FROM = 131_072
+
+
+class Sampler(Protocol):
+    """Turns a prediction into the latents of the next step. It has no state: the past is in ``history``."""
+
+    def step(
+        self,
+        latents: torch.Tensor,
+        prediction: torch.Tensor,
+        sigma: torch.Tensor,
+        next_sigma: torch.Tensor,
+        history: Sequence[dict[str, Any]],
+    ) -> torch.Tensor: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class DenoiseState:
+    """Everything that a request needs between two steps. Nothing about a request lives anywhere else."""
+
+    request_id: str
+    latents: torch.Tensor  # [N, ...], float32
+    sigmas: torch.Tensor  # [T + 1], float32, in [0, 1], the last one 0
+    timesteps: torch.Tensor  # [T], float32, in [0, 1000]
+    branches: tuple[Conditions, ...]  # the positive one first
+    sampler: Sampler
+    guidance: Guidance | None  # None if there is one branch
+    height: int  # pixels
+    width: int  # pixels
+    step_index: int = 0
+    history: dict[str, Any] = field(default_factory=dict)  # the sampler's
+    cache: dict[str, Any] = field(default_factory=dict)  # a step cache's
+
+    @property
+    def num_steps(self) -> int:
+        return self.timesteps.shape[0]
+
+    @property
+    def num_outputs(self) -> int:
+        return self.latents.shape[0]
+
+    @property
+    def is_done(self) -> bool:
+        return self.step_index >= self.num_steps
+
+
+class SteppedPipeline(Protocol):
+    """A pipeline of three verbs, which the engine can drive one step at a time.
+
+    ``sequence_conditions`` maps a condition ``[1 or N, L, D]`` whose length may differ between requests to the name
+    of its mask, ``[B, L]`` and True for real tokens, which :func:`denoise_step` adds; it is None without padding.
+    """
+
+    sequence_conditions: ClassVar[Mapping[str, str]]
+
+    def prepare(self, request: OmniDiffusionRequest) -> DenoiseState: ...
+
+    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        """``latents [B, ...], timestep [B] in [0, 1000] -> prediction [B, ...]``: one branch, one forward."""
+        ...
+
+    def decode(self, state: DenoiseState) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows ``start`` to ``stop`` of one branch of one state: what a forward is made of."""
+
+    state: DenoiseState
+    branch: int
+    start: int
+    stop: int
+
+    @property
+    def conditions(self) -> Conditions:
+        return self.state.branches[self.branch]
+
+
+def denoise_step(states: Sequence[DenoiseState], pipeline: SteppedPipeline, max_batch_size: int = 16) -> None:
+    """Advance every state by one step, in forwards of at most ``max_batch_size`` rows.
+
+    The states change only after all predictions succeeded, so a step that failed can be tried again.
+    """
+    predictions = _predict(states, pipeline, max_batch_size)
+    advanced: list[tuple[DenoiseState, torch.Tensor]] = []
+    for group in _alike(states, _step_key):
+        latents = _step(group, predictions)
+        advanced += zip(group, latents.split([state.num_outputs for state in group]), strict=True)
+    for state, latents in advanced:
+        state.latents = latents
+        state.step_index += 1
+
+
+def denoise(pipeline: SteppedPipeline, request: OmniDiffusionRequest) -> DiffusionOutput:
+    """Run one request from its prompt to its pixels: the ``forward`` of a pipeline of three verbs."""
+    with torch.inference_mode():
+        state = pipeline.prepare(request)
+        while not state.is_done:
+            denoise_step([state], pipeline)
+        return DiffusionOutput(output=pipeline.decode(state))
+
+
+def _predict(
+    states: Sequence[DenoiseState], pipeline: SteppedPipeline, max_batch_size: int
+) -> dict[tuple[int, int], torch.Tensor]:
+    """Prediction ``[N, ...]`` of each branch of each state, by ``(id(state), branch)``."""
+    pieces: dict[tuple[int, int], list[torch.Tensor]] = {}
+    rows = [
+        _Rows(state, branch, start, min(start + max_batch_size, state.num_outputs))
+        for state in states
+        for branch in range(len(state.branches))
+        for start in range(0, state.num_outputs, max_batch_size)
+    ]
+    for group in _alike(rows, lambda item: _forward_key(item, pipeline.sequence_conditions)):
+        for batch in _batches(group, max_batch_size):
+            prediction = pipeline.predict(
+                _concatenate([item.state.latents[item.start : item.stop] for item in batch]),
+                _per_row(batch, [item.state.timesteps for item in batch]),
+                _collate(batch, pipeline.sequence_conditions),
+            )
+            counts = [item.stop - item.start for item in batch]
+            for item, piece in zip(batch, prediction.split(counts), strict=True):
+                pieces.setdefault((id(item.state), item.branch), []).append(piece)
+    return {key: _concatenate(parts) for key, parts in pieces.items()}
+
+
+def _step(states: Sequence[DenoiseState], predictions: Mapping[tuple[int, int], torch.Tensor]) -> torch.Tensor:
+    """Combine the branches and take the sampler's step, for all outputs of ``states`` at once: ``[sum N, ...]``."""
+    first = states[0]
+    rows = [_Rows(state, 0, 0, state.num_outputs) for state in states]
+    latents = _concatenate([state.latents for state in states])
+    column = (-1,) + (1,) * (latents.dim() - 1)
+    branches = [
+        _concatenate([predictions[id(state), branch] for state in states]).float()
+        for branch in range(len(first.branches))
+    ]
+    if first.guidance is None:
+        prediction = branches[0]
+    else:
+        scales = [state.guidance.scale for state in states if state.guidance is not None]
+        prediction = first.guidance.combine(branches, _per_row(rows, scales).view(column))
+    sigma = _per_row(rows, [state.sigmas for state in states]).view(column)
+    next_sigma = _per_row(rows, [state.sigmas[1:] for state in states]).view(column)
+    history = [state.history for state in states for _ in range(state.num_outputs)]
+    return first.sampler.step(latents, prediction, sigma, next_sigma, history)
+
+
+def _step_key(state: DenoiseState) -> tuple[Any, ...]:
+    combine: CombineRule | None = None if state.guidance is None else state.guidance.combine
+    return (state.latents.shape[1:], len(state.branches), combine, type(state.sampler))
+
+
+def _forward_key(item: _Rows, sequence_conditions: Mapping[str, str]) -> tuple[Any, ...]:
+    """Rows with equal keys can share a forward."""
+    sample = item.state.latents[0]
+    may_pad = sample.numel() < _NO_PADDING_FROM
+    signature: list[Any] = [sample.shape]
+    for name, value in sorted(item.conditions.items()):
+        if not isinstance(value, torch.Tensor):
+            signature.append((name, value))
+        elif may_pad and name in sequence_conditions:
+            signature.append((name, value.shape[2:]))
+        else:
+            signature.append((name, value.shape[1:]))
+    return tuple(signature)
+
+
+def _alike(items: Sequence[Any], key: Any) -> Iterator[list[Any]]:
+    """Groups of items with equal keys, in the order in which each key first appears."""
+    order: dict[Any, int] = {}
+    ranks = [order.setdefault(key(item), len(order)) for item in items]
+    for _, group in groupby(sorted(zip(ranks, range(len(items)), strict=True)), key=lambda pair: pair[0]):
+        yield [items[index] for _, index in group]
+
+
+def _batches(rows: Sequence[_Rows], max_batch_size: int) -> Iterator[list[_Rows]]:
+    """Consecutive rows, at most ``max_batch_size`` in each batch."""
+    batch: list[_Rows] = []
+    size = 0
+    for item in rows:
+        count = item.stop - item.start
+        if batch and size + count > max_batch_size:
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += count
+    if batch:
+        yield batch
+
+
+def _collate(batch: Sequence[_Rows], sequence_conditions: Mapping[str, str]) -> dict[str, Any]:
+    """The conditions of a batch, one row each; sequences of different length are padded with zeros."""
+    collated: dict[str, Any] = {}
+    for name, value in batch[0].conditions.items():
+        if not isinstance(value, torch.Tensor):
+            collated[name] = value
+            continue
+        parts = [_expand(item.conditions[name], item) for item in batch]
+        mask_name = sequence_conditions.get(name)
+        if mask_name is not None:
+            parts, collated[mask_name] = _pad(parts)
+        collated[name] = _concatenate(parts)
+    return collated
+
+
+def _expand(value: torch.Tensor, item: _Rows) -> torch.Tensor:
+    if value.shape[0] == 1:
+        return value.expand(item.stop - item.start, *value.shape[1:])
+    return value[item.start : item.stop]
+
+
+def _pad(parts: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """``[n_i, L_i, D] -> [n_i, max L, D]`` each, and the mask ``[sum n_i, max L]``; no mask if nothing is padded."""
+    lengths = [part.shape[1] for part in parts]
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return parts, None
+    mask = parts[0].new_zeros((sum(part.shape[0] for part in parts), longest), dtype=torch.bool)
+    padded, row = [], 0
+    for part in parts:
+        mask[row : row + part.shape[0], : part.shape[1]] = True
+        row += part.shape[0]
+        padded.append(torch.nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])))
+    return padded, mask
+
+
+def _per_row(batch: Sequence[_Rows], tables: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The entry of each state's table at its current step, one per row: ``[B]``."""
+    entries = []
+    for item, table in zip(batch, tables, strict=True):
+        index = item.state.step_index
+        entries.append(table[index : index + 1].expand(item.stop - item.start))
+    return _concatenate(entries)
+
+
+def _concatenate(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

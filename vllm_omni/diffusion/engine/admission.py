@@ -1,0 +1,154 @@
+"""The door: a prompt and its parameters become a request whose every default is resolved, or an error.
+
+The order of authority for an absent parameter: the checkpoint's ``sampling_defaults.json``, then the pipeline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm_omni.diffusion.data import OmniDiffusionConfig, RequestSpec, read_json
+from vllm_omni.diffusion.request import OmniDiffusionRequest, new_request_id
+from vllm_omni.errors import InvalidModelFolderError, InvalidRequestError
+from vllm_omni.inputs.data import MAX_SEED, OmniDiffusionSamplingParams, normalize_prompt
+
+SAMPLING_DEFAULTS_FILE = "sampling_defaults.json"
+
+# Parameters that a model may or may not have; all others work the same for every model.
+_MODEL_PARAMETERS = (
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+    "true_cfg_scale",
+    "max_sequence_length",
+    "num_frames",
+    "fps",
+)
+
+
+def read_sampling_defaults(od_config: OmniDiffusionConfig) -> dict[str, Any]:
+    """The checkpoint's own defaults: sampling parameters by name, and ``negative_prompt``. Empty if it has none."""
+    path = Path(od_config.model) / SAMPLING_DEFAULTS_FILE
+    if not path.exists():
+        return {}
+    defaults = read_json(path)
+    if not isinstance(defaults, dict):
+        raise InvalidModelFolderError(f"{path} must hold a JSON object")
+    try:
+        OmniDiffusionSamplingParams(**{key: value for key, value in defaults.items() if key != "negative_prompt"})
+    except InvalidRequestError as error:
+        raise InvalidModelFolderError(f"{path}: {error}") from error
+    return defaults
+
+
+def admit(
+    prompt: Any,
+    params: OmniDiffusionSamplingParams,
+    spec: RequestSpec | None,
+    checkpoint_defaults: Mapping[str, Any],
+) -> OmniDiffusionRequest:
+    """A resolved request. Raises ``InvalidRequestError`` that names the field.
+
+    ``spec`` is None for a pipeline that says nothing about its requests: it gets the parameters as they came.
+    """
+    normalized = normalize_prompt(prompt)
+    params.validate()  # the fields may have been assigned since construction
+    params = dataclasses.replace(params)
+    params.num_outputs_per_prompt = 1 if params.num_outputs_per_prompt is None else params.num_outputs_per_prompt
+    params.output_type = "pil" if params.output_type is None else params.output_type
+    _resolve_seed(params)
+    request = OmniDiffusionRequest(request_id=new_request_id(), prompts=[normalized], sampling_params=params)
+    if spec is not None:
+        _resolve_model_parameters(request, spec, checkpoint_defaults)
+    return request
+
+
+def _resolve_model_parameters(
+    request: OmniDiffusionRequest, spec: RequestSpec, checkpoint_defaults: Mapping[str, Any]
+) -> None:
+    params, prompt = request.sampling_params, request.prompt
+    _refuse_unsupported(request, spec)
+    if "negative_prompt" in checkpoint_defaults and "negative_prompt_embeds" not in prompt:
+        prompt.setdefault("negative_prompt", checkpoint_defaults["negative_prompt"])
+    schedule = params.sigmas if params.sigmas is not None else params.timesteps
+    if schedule is not None:
+        params.num_inference_steps = len(schedule)
+    _resolve_true_cfg_scale(request, spec, checkpoint_defaults)
+    for name, default in spec.defaults.items():
+        if getattr(params, name) is None:
+            setattr(params, name, checkpoint_defaults.get(name, default))
+    for name in ("height", "width"):
+        _check_multiple(name, getattr(params, name), spec.size_multiple)
+    if spec.check is not None:
+        spec.check(request)
+
+
+def _refuse_unsupported(request: OmniDiffusionRequest, spec: RequestSpec) -> None:
+    params = request.sampling_params
+    for name in _MODEL_PARAMETERS:
+        if getattr(params, name) is not None and name not in spec.defaults:
+            raise InvalidRequestError(
+                f"{name}={getattr(params, name)} is not a parameter of this model, which takes"
+                f" {', '.join(sorted(spec.defaults))}; leave it out",
+                param=name,
+            )
+    for name in params.extra_args:
+        if name not in spec.extra_args:
+            allowed = ", ".join(sorted(spec.extra_args)) if spec.extra_args else "none"
+            raise InvalidRequestError(
+                f"extra_args: this model has no parameter {name!r}; allowed: {allowed}", param=f"extra_args.{name}"
+            )
+    for key in request.prompt:
+        if key not in spec.prompt_keys:
+            raise InvalidRequestError(
+                f"this model takes no {key} in a prompt, only {', '.join(sorted(spec.prompt_keys))}", param=key
+            )
+    if params.output_type not in spec.output_types:
+        raise InvalidRequestError(
+            f"output_type={params.output_type!r} must be one of {', '.join(spec.output_types)}", param="output_type"
+        )
+
+
+def _resolve_true_cfg_scale(
+    request: OmniDiffusionRequest, spec: RequestSpec, checkpoint_defaults: Mapping[str, Any]
+) -> None:
+    """Classifier-free guidance needs a negative prompt: without one it is off, and asking for it is an error."""
+    if "true_cfg_scale" not in spec.defaults:
+        return
+    params = request.sampling_params
+    has_negative = "negative_prompt" in request.prompt or "negative_prompt_embeds" in request.prompt
+    if has_negative:
+        return
+    if params.true_cfg_scale is not None and params.true_cfg_scale > 1:
+        raise InvalidRequestError(
+            f"true_cfg_scale={params.true_cfg_scale} needs a negative prompt; give one, if only"
+            " {'prompt': ..., 'negative_prompt': ' '}, or leave true_cfg_scale out",
+            param="negative_prompt",
+        )
+    params.true_cfg_scale = 1.0
+
+
+def _check_multiple(name: str, value: int, multiple: int) -> None:
+    if value % multiple:
+        nearest = max(multiple, round(value / multiple) * multiple)
+        raise InvalidRequestError(
+            f"{name}={value} must be a multiple of {multiple}; the nearest is {nearest}", param=name
+        )
+
+
+def _resolve_seed(params: OmniDiffusionSamplingParams) -> None:
+    if params.generator is not None:
+        return
+    if params.seed is None:
+        # 32 bits are enough to never meet twice, and short enough to read out and type in again.
+        params.seed = secrets.randbits(32)
+    last = params.seed + (params.num_outputs_per_prompt or 1) - 1
+    if last > MAX_SEED:
+        raise InvalidRequestError(
+            f"seed={params.seed}: output i uses seed + i, and the last one would exceed {MAX_SEED}", param="seed"
+        )

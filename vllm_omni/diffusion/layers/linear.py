@@ -1,0 +1,185 @@
+"""Linear layers that know how to load and shard themselves.
+
+A layer is told once how its weight is split over the ranks of a tensor-parallel group; loading then takes just this
+rank's part from the file. Fused layers declare the checkpoint's names of their parts (``checkpoint_names``), so
+fusing is data for the loader and not code in a model.
+
+Shapes: I input features, O output features; weights are ``[O, I]`` as in ``torch.nn.Linear``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vllm_omni.diffusion.distributed.tensor_parallel import (
+    SINGLE_RANK,
+    TensorParallelRank,
+    current_tensor_parallel_rank,
+)
+from vllm_omni.errors import FeatureNotAvailableError
+
+# (parameter, tensor from the checkpoint, name of the part in a fused parameter)
+WeightLoader = Callable[[nn.Parameter, torch.Tensor, str | None], None]
+
+
+class LinearMethod:
+    """How a linear layer computes. Quantization replaces it; this one is the plain product."""
+
+    def apply(self, layer: LinearBase, x: torch.Tensor) -> torch.Tensor:
+        """``[..., I] -> [..., O]``."""
+        return F.linear(x, layer.weight, layer.bias)
+
+
+class LinearBase(nn.Module):
+    """Weight and bias of one rank, left uninitialised: a checkpoint fills them."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, input_size: int, output_size: int, bias: bool, tp: TensorParallelRank) -> None:
+        super().__init__()
+        self.input_size = input_size
+        self.output_size = output_size
+        self.tp = tp
+        self.linear_method = LinearMethod()
+        self.weight = self._parameter(torch.empty(output_size, input_size))
+        self.bias = self._parameter(torch.empty(output_size)) if bias else None
+
+    def _parameter(self, values: torch.Tensor) -> nn.Parameter:
+        parameter = nn.Parameter(values, requires_grad=False)
+        parameter.weight_loader = self.load_parameter  # type: ignore[attr-defined]
+        return parameter
+
+    def load_parameter(self, parameter: nn.Parameter, loaded: torch.Tensor, part: str | None = None) -> None:
+        """Copy ``loaded``, a whole tensor of the checkpoint, into this rank's parameter."""
+        copy_weight(parameter, loaded)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear_method.apply(self, x)
+
+    def extra_repr(self) -> str:
+        return f"{self.input_size}, {self.output_size}, bias={self.bias is not None}, tp={self.tp.rank}/{self.tp.size}"
+
+
+class ReplicatedLinear(LinearBase):
+    """The whole layer on every rank."""
+
+    def __init__(self, input_size: int, output_size: int, bias: bool = True) -> None:
+        super().__init__(input_size, output_size, bias, SINGLE_RANK)
+
+
+class ColumnParallelLinear(LinearBase):
+    """Output features are split over the ranks; each keeps its own part of the output."""
+
+    def __init__(
+        self, input_size: int, output_size: int, bias: bool = True, *, tp: TensorParallelRank | None = None
+    ) -> None:
+        tp = current_tensor_parallel_rank() if tp is None else tp
+        super().__init__(input_size, tp.divide(output_size, "output_size"), bias, tp)
+
+    def load_parameter(self, parameter: nn.Parameter, loaded: torch.Tensor, part: str | None = None) -> None:
+        copy_weight(parameter, self.tp.shard(loaded, 0, "output_size"))
+
+
+class MergedColumnParallelLinear(LinearBase):
+    """Several column-parallel layers over the same input as one product; the output holds them one after the other.
+
+    ``checkpoint_names`` are the names of the parts beside this layer, as in ``("gate_proj", "up_proj")``.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_sizes: Sequence[int],
+        bias: bool = True,
+        *,
+        checkpoint_names: Sequence[str] = (),
+        tp: TensorParallelRank | None = None,
+    ) -> None:
+        if checkpoint_names and len(checkpoint_names) != len(output_sizes):
+            raise ValueError(f"{len(checkpoint_names)} checkpoint_names do not match {len(output_sizes)} output_sizes")
+        tp = current_tensor_parallel_rank() if tp is None else tp
+        self.output_sizes = [tp.divide(size, "output_size") for size in output_sizes]
+        self.checkpoint_names = tuple(checkpoint_names)
+        super().__init__(input_size, sum(self.output_sizes), bias, tp)
+
+    def load_parameter(self, parameter: nn.Parameter, loaded: torch.Tensor, part: str | None = None) -> None:
+        if part is None:
+            self._load_fused(parameter, loaded)
+            return
+        index = self.checkpoint_names.index(part)
+        target = parameter.data.narrow(0, sum(self.output_sizes[:index]), self.output_sizes[index])
+        copy_weight(target, self.tp.shard(loaded, 0, "output_size"))
+
+    def _load_fused(self, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
+        """A checkpoint that stores the parts fused already."""
+        if loaded.shape[0] != sum(self.output_sizes) * self.tp.size:
+            raise ValueError(f"shape {list(loaded.shape)} does not hold {self.output_sizes} x {self.tp.size} ranks")
+        parts = loaded.split([size * self.tp.size for size in self.output_sizes], dim=0)
+        copy_weight(parameter, torch.cat([self.tp.shard(values, 0, "output_size") for values in parts]))
+
+    def split(self, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """``[..., sum(O_i)] -> ([..., O_1], [..., O_2], ...)``; views."""
+        return output.split(self.output_sizes, dim=-1)
+
+
+class QKVParallelLinear(MergedColumnParallelLinear):
+    """Query, key and value projections as one product, split by heads over the ranks."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        head_size: int,
+        total_num_heads: int,
+        total_num_kv_heads: int | None = None,
+        bias: bool = True,
+        *,
+        checkpoint_names: Sequence[str] = ("to_q", "to_k", "to_v"),
+        tp: TensorParallelRank | None = None,
+    ) -> None:
+        tp = current_tensor_parallel_rank() if tp is None else tp
+        total_num_kv_heads = total_num_heads if total_num_kv_heads is None else total_num_kv_heads
+        self.head_size = head_size
+        self.num_heads = tp.divide(total_num_heads, "num_heads")
+        self.num_kv_heads = tp.divide(total_num_kv_heads, "num_kv_heads")
+        sizes = [heads * head_size for heads in (total_num_heads, total_num_kv_heads, total_num_kv_heads)]
+        super().__init__(hidden_size, sizes, bias, checkpoint_names=checkpoint_names, tp=tp)
+
+    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``[B, S, I] -> query [B, S, H, D], key [B, S, G, D], value [B, S, G, D]``; views of one product."""
+        query, key, value = self.split(self(x))
+        return (
+            query.unflatten(-1, (self.num_heads, self.head_size)),
+            key.unflatten(-1, (self.num_kv_heads, self.head_size)),
+            value.unflatten(-1, (self.num_kv_heads, self.head_size)),
+        )
+
+
+class RowParallelLinear(LinearBase):
+    """Input features are split over the ranks; the partial products are to be summed over them."""
+
+    def __init__(
+        self, input_size: int, output_size: int, bias: bool = True, *, tp: TensorParallelRank | None = None
+    ) -> None:
+        tp = current_tensor_parallel_rank() if tp is None else tp
+        super().__init__(tp.divide(input_size, "input_size"), output_size, bias, tp)
+
+    def load_parameter(self, parameter: nn.Parameter, loaded: torch.Tensor, part: str | None = None) -> None:
+        is_bias = parameter.dim() == 1
+        copy_weight(parameter, loaded if is_bias else self.tp.shard(loaded, 1, "input_size"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.tp.size > 1:
+            raise FeatureNotAvailableError("the sum of partial products over tensor-parallel ranks does not exist yet")
+        return super().forward(x)
+
+
+def copy_weight(target: torch.Tensor, loaded: torch.Tensor) -> None:
+    """Copy with conversion of dtype and device. Raises ``ValueError`` if the shapes differ."""
+    if target.shape != loaded.shape:
+        raise ValueError(f"shape {list(loaded.shape)} does not fit {list(target.shape)}")
+    target.data.copy_(loaded)

@@ -1,0 +1,103 @@
+"""Loading of what a pipeline takes from diffusers and transformers: autoencoders, text encoders, tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.model_loader.weights import (
+    AutoWeightsLoader,
+    check_complete,
+    iterate_weights,
+    weight_files,
+)
+from vllm_omni.errors import InvalidModelFolderError, WeightsError
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New floating-point tensors have ``dtype`` within the block."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def load_autoencoder(model_class: Any, od_config: OmniDiffusionConfig, subfolder: str = "vae") -> Any:
+    """An autoencoder of diffusers on the engine's device, in its dtype, with slicing and tiling as configured."""
+    with torch.device(od_config.torch_device), default_dtype(od_config.torch_dtype):
+        vae = model_class.from_config(dict(od_config.component_config(subfolder)))
+    vae.requires_grad_(False).eval()
+    if od_config.load_format == "dummy":
+        fill_with_random_weights(vae)
+    else:
+        folder = Path(od_config.model) / subfolder
+        loaded = AutoWeightsLoader(vae).load_weights(iterate_weights(weight_files(folder, fall_back_to_pt=True)))
+        check_complete(vae.state_dict().keys(), loaded, str(folder))
+    if od_config.memory.vae_use_slicing:
+        vae.enable_slicing()
+    if od_config.memory.vae_use_tiling:
+        vae.enable_tiling()
+    return vae
+
+
+def load_text_encoder(model_class: Any, od_config: OmniDiffusionConfig, subfolder: str = "text_encoder") -> Any:
+    """A model of transformers on the engine's device, in its dtype. Weights that are missing are an error."""
+    folder = Path(od_config.model) / subfolder
+    od_config.component_config(subfolder)  # says what is missing better than transformers does
+    if od_config.load_format == "dummy":
+        config = model_class.config_class.from_pretrained(folder)
+        with torch.device(od_config.torch_device), default_dtype(od_config.torch_dtype):
+            model = model_class(config)
+        fill_with_random_weights(model)
+        return model.requires_grad_(False).eval()
+    weight_files(folder, fall_back_to_pt=True)  # raises if a file is missing
+    try:
+        model, report = model_class.from_pretrained(
+            folder, dtype=od_config.torch_dtype, output_loading_info=True, local_files_only=True
+        )
+    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
+        raise WeightsError(f"{folder} cannot be loaded ({error}); download it again") from error
+    check_complete(report["missing_keys"], set(), str(folder))
+    return model.to(od_config.torch_device).requires_grad_(False).eval()
+
+
+def load_tokenizer(tokenizer_class: Any, od_config: OmniDiffusionConfig, subfolder: str = "tokenizer") -> Any:
+    """A tokenizer of transformers, or None where random weights run without one and prompts come as embeddings."""
+    folder = Path(od_config.model) / subfolder
+    if not folder.is_dir():
+        if od_config.load_format == "dummy":
+            return None
+        raise InvalidModelFolderError(f"{folder} is missing; a diffusers pipeline folder has it")
+    try:
+        return tokenizer_class.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InvalidModelFolderError(f"{folder} holds no tokenizer that loads: {error}") from error
+
+
+def fill_with_random_weights(module: nn.Module, seed: int = 0) -> None:
+    """Random weights on the module's own device, small enough that activations stay finite through many layers.
+
+    Vectors keep their values where the module set some: a norm's ones and a bias's zeros.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+    for name, parameter in module.named_parameters():
+        generator = generators.get(parameter.device)
+        if generator is None:
+            generator = generators[parameter.device] = torch.Generator(parameter.device).manual_seed(seed)
+        if parameter.dim() >= 2:
+            fan_in = parameter[0].numel()
+            parameter.data.normal_(0, fan_in**-0.5, generator=generator)
+        elif name.endswith("bias"):
+            parameter.data.zero_()
+        elif not bool(torch.isfinite(parameter).all()):
+            parameter.data.fill_(1)

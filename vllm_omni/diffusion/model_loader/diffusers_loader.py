@@ -1,0 +1,143 @@
+"""Building a pipeline and filling it with its weights."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from vllm_omni.diffusion.attention.selector import attention_backend, check_backend
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.utils import local_device
+from vllm_omni.diffusion.model_loader.components import default_dtype, fill_with_random_weights
+from vllm_omni.diffusion.model_loader.utils import resolve_model_folder
+from vllm_omni.diffusion.model_loader.weights import check_complete, iterate_weights, total_size, weight_files
+from vllm_omni.errors import InsufficientMemoryError, WeightsError
+from vllm_omni.platforms import get_platform
+
+_Sources = Sequence["ComponentSource"]
+
+# Told how many of how many bytes have been read.
+LoadProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ComponentSource:
+    """Where the weights of one part of a pipeline come from.
+
+    ``prefix`` is put before the names in the files, so that they name parameters of the pipeline.
+    """
+
+    model_or_path: str
+    subfolder: str | None = None
+    revision: str | None = None
+    prefix: str = ""
+    fall_back_to_pt: bool = True
+    allow_patterns_overrides: Sequence[str] | None = None
+
+    def files(self) -> list[Path]:
+        """The weight files. Raises ``WeightsError`` if there are none."""
+        folder = resolve_model_folder(self.model_or_path, self.revision) / (self.subfolder or "")
+        return weight_files(folder, self.fall_back_to_pt, self.allow_patterns_overrides)
+
+
+class DiffusersPipelineLoader:
+    """Builds a pipeline on its device in its dtype, then streams the weights of its ``weights_sources`` into it."""
+
+    ComponentSource: ClassVar[type[ComponentSource]] = ComponentSource
+
+    def __init__(self, od_config: OmniDiffusionConfig, on_progress: LoadProgress | None = None) -> None:
+        self.od_config = od_config
+        self._on_progress = on_progress
+
+    def load_model(self, pipeline_class: Callable[..., nn.Module]) -> nn.Module:
+        """The pipeline, ready to run. Raises ``WeightsError`` or ``InsufficientMemoryError``."""
+        config = self.od_config
+        check_backend(config.attention_backend, config.torch_device)
+        if config.load_format == "auto":
+            self._check_memory()
+        with (
+            torch.device(config.torch_device),
+            default_dtype(config.torch_dtype),
+            local_device(config.torch_device),
+            attention_backend(config.attention_backend),
+        ):
+            pipeline = pipeline_class(od_config=config)
+        sources: _Sources = getattr(pipeline, "weights_sources", ())
+        if config.load_format == "dummy":
+            for source in sources:
+                fill_with_random_weights(_submodule(pipeline, source.prefix))
+        elif sources:
+            self._load_weights(pipeline, sources)
+        return pipeline.requires_grad_(False).eval()
+
+    def _load_weights(self, pipeline: nn.Module, sources: _Sources) -> None:
+        loaded: set[str] = pipeline.load_weights(self._stream(sources))  # type: ignore[operator]
+        if loaded is None:
+            raise WeightsError(
+                f"{type(pipeline).__name__}.load_weights returned None; it must return the names of what it loaded"
+            )
+        for source in sources:
+            expected = [name for name in pipeline.state_dict() if name.startswith(source.prefix)]
+            check_complete(expected, loaded, f"{source.model_or_path}/{source.subfolder or ''}")
+
+    def _stream(self, sources: _Sources) -> Iterator[tuple[str, torch.Tensor]]:
+        files = [(source, path) for source in sources for path in source.files()]
+        total = total_size(path for _, path in files)
+        done = 0
+        for source, path in files:
+            for name, tensor in iterate_weights([path]):
+                yield source.prefix + name, tensor
+                done += tensor.numel() * tensor.element_size()
+                if self._on_progress is not None:
+                    self._on_progress(min(done, total), total)
+
+    def _check_memory(self) -> None:
+        """Refuse a model that cannot fit before anything is allocated."""
+        config = self.od_config
+        needed = sum(_bytes_in(path, config.torch_dtype) for path in Path(config.model).glob("*/*.safetensors"))
+        free = get_platform(config.torch_device).free_memory()
+        if needed > free:
+            raise InsufficientMemoryError(
+                f"the weights of {config.model} take {needed / 2**30:.1f} GiB in {config.dtype}, {config.device} has"
+                f" {free / 2**30:.1f} GiB free; use a smaller dtype, a larger device, or free memory"
+            )
+
+
+def _bytes_in(path: Path, dtype: torch.dtype) -> int:
+    """Bytes of a safetensors file's tensors once they are in ``dtype``; floats of any width count as such."""
+    header = _safetensors_header(path)
+    total = 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, stop = entry["data_offsets"]
+            width = _FLOAT_WIDTHS.get(entry["dtype"])
+            total += (stop - start) if width is None else (stop - start) // width * dtype.itemsize
+    return total
+
+
+_FLOAT_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file. Raises ``WeightsError`` if it is damaged."""
+
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            header: dict[str, Any] = json.loads(file.read(length))
+            return header
+    except (OSError, ValueError, struct.error) as error:
+        raise WeightsError(f"{path} is damaged or truncated ({error}); download it again") from error
+
+
+def _submodule(pipeline: nn.Module, prefix: str) -> nn.Module:
+    return pipeline.get_submodule(prefix.rstrip("."))

@@ -1,0 +1,246 @@
+"""The dual-stream transformer of Qwen-Image (arXiv:2508.02324). Parameter names follow its diffusers checkpoint.
+
+Text and image tokens keep weights of their own in every block and meet in a joint attention, text first.
+
+Shapes: B rows, T text tokens, I image tokens, S = T + I, H heads of this rank, D head size, E width of the model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.layer import Attention
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.layers.adalayernorm import AdaLayerNorm, AdaLayerNormContinuous
+from vllm_omni.diffusion.layers.embeddings import TimestepEmbedding, sinusoidal_embedding
+from vllm_omni.diffusion.layers.feedforward import FeedForward
+from vllm_omni.diffusion.layers.linear import QKVParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm_omni.diffusion.layers.norm import RMSNorm, gated_residual
+from vllm_omni.diffusion.layers.rope import QKNormRope, rope_angles
+from vllm_omni.errors import InvalidModelFolderError
+
+_TIMESTEP_CHANNELS = 256
+
+# (frames, rows, columns) of one picture in tokens
+ImageShape = tuple[int, int, int]
+
+
+@functools.lru_cache(maxsize=64)
+def joint_rope(
+    img_shapes: tuple[ImageShape, ...], num_text_tokens: int, axes_dims: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of the rotary angles of all tokens, text first: ``[T + I, D / 2]`` each, in float32.
+
+    A picture's index, row and column each rotate their share of the head. Rows and columns count from the centre,
+    so that a larger picture extends the positions of a smaller one on all sides; text goes on along the diagonal.
+    """
+    angles = []
+    for index, (frames, rows, columns) in enumerate(img_shapes):
+        axes = (
+            torch.arange(index, index + frames, device=device),
+            torch.arange(rows, device=device) - (rows - rows // 2),
+            torch.arange(columns, device=device) - (columns - columns // 2),
+        )
+        grid = torch.meshgrid(*axes, indexing="ij")
+        angles.append(_axes_angles([positions.flatten() for positions in grid], axes_dims))
+    first_text = max(max(rows // 2, columns // 2) for _, rows, columns in img_shapes)
+    text = torch.arange(first_text, first_text + num_text_tokens, device=device)
+    joint = torch.cat([_axes_angles([text] * len(axes_dims), axes_dims), *angles])
+    return joint.cos(), joint.sin()
+
+
+def _axes_angles(positions: Sequence[torch.Tensor], axes_dims: Sequence[int]) -> torch.Tensor:
+    return torch.cat([rope_angles(axis, dim) for axis, dim in zip(positions, axes_dims, strict=True)], dim=-1)
+
+
+class QwenTimestepProjEmbeddings(nn.Module):
+    """The conditioning vector: the timestep, and the guidance scale of a guidance-distilled model."""
+
+    def __init__(self, embedding_dim: int, guidance_embeds: bool) -> None:
+        super().__init__()
+        self.timestep_embedder = TimestepEmbedding(_TIMESTEP_CHANNELS, embedding_dim)
+        self.guidance_embedder = TimestepEmbedding(_TIMESTEP_CHANNELS, embedding_dim) if guidance_embeds else None
+
+    def forward(self, timestep: torch.Tensor, guidance: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """``timestep [B] in [0, 1], guidance [B] -> [B, E]``."""
+        embedding: torch.Tensor = self.timestep_embedder(_sinusoids(timestep, dtype))
+        if self.guidance_embedder is not None:
+            assert guidance is not None, "a guidance-distilled model needs a guidance scale"
+            embedding = embedding + self.guidance_embedder(_sinusoids(guidance, dtype))
+        return embedding
+
+
+def _sinusoids(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return sinusoidal_embedding(values, _TIMESTEP_CHANNELS, scale=1000.0).to(dtype)
+
+
+class QwenJointAttention(nn.Module):
+    """Attention of text and image tokens over each other."""
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.to_qkv = QKVParallelLinear(dim, head_dim, num_heads)
+        self.add_qkv_proj = QKVParallelLinear(
+            dim, head_dim, num_heads, checkpoint_names=("add_q_proj", "add_k_proj", "add_v_proj")
+        )
+        self.norm_q = RMSNorm(head_dim, eps)
+        self.norm_k = RMSNorm(head_dim, eps)
+        self.norm_added_q = RMSNorm(head_dim, eps)
+        self.norm_added_k = RMSNorm(head_dim, eps)
+        self.qk_norm_rope = QKNormRope()
+        self.attn = Attention(self.to_qkv.num_heads, head_dim)
+        self.to_out = nn.ModuleList([RowParallelLinear(dim, dim)])
+        self.to_add_out = RowParallelLinear(dim, dim)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        attn_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``image [B, I, E], text [B, T, E], rope [S, D / 2] x 2, mask [B, S] -> image, text`` of the same shapes."""
+        num_text = encoder_hidden_states.shape[1]
+        cos, sin = rope
+        query, key, value = self.to_qkv.heads(hidden_states)
+        text_query, text_key, text_value = self.add_qkv_proj.heads(encoder_hidden_states)
+        query, key = self.qk_norm_rope(query, key, self.norm_q, self.norm_k, cos[num_text:], sin[num_text:])
+        text_query, text_key = self.qk_norm_rope(
+            text_query, text_key, self.norm_added_q, self.norm_added_k, cos[:num_text], sin[:num_text]
+        )
+        output = self.attn(
+            torch.cat([text_query, query], dim=1),
+            torch.cat([text_key, key], dim=1),
+            torch.cat([text_value, value], dim=1),
+            attn_metadata=AttentionMetadata(attn_mask=attn_mask),
+        ).flatten(2)
+        text_output, image_output = output[:, :num_text], output[:, num_text:]
+        return self.to_out[0](image_output), self.to_add_out(text_output)
+
+
+class QwenImageTransformerBlock(nn.Module):
+    """One block: modulated joint attention, then a modulated feed-forward network for each stream."""
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        # The checkpoint's name is img_mod.1: index 0 is SiLU, which the transformer applies once for all blocks.
+        self.img_mod = nn.ModuleList([nn.Identity(), ReplicatedLinear(dim, 6 * dim)])
+        self.txt_mod = nn.ModuleList([nn.Identity(), ReplicatedLinear(dim, 6 * dim)])
+        self.norm = AdaLayerNorm(dim, eps)
+        self.attn = QwenJointAttention(dim, num_heads, head_dim, eps)
+        self.img_mlp = FeedForward(dim)
+        self.txt_mlp = FeedForward(dim)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        conditioning: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        attn_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``image [B, I, E], text [B, T, E], conditioning [B, E] -> image, text`` of the same shapes."""
+        img_attn_mod, img_mlp_mod = self.img_mod[1](conditioning).chunk(2, dim=-1)
+        txt_attn_mod, txt_mlp_mod = self.txt_mod[1](conditioning).chunk(2, dim=-1)
+        image, img_gate = self.norm(hidden_states, img_attn_mod)
+        text, txt_gate = self.norm(encoder_hidden_states, txt_attn_mod)
+        image, text = self.attn(image, text, rope, attn_mask)
+        hidden_states = gated_residual(hidden_states, img_gate, image)
+        encoder_hidden_states = gated_residual(encoder_hidden_states, txt_gate, text)
+        hidden_states = self._feed_forward(hidden_states, img_mlp_mod, self.img_mlp)
+        encoder_hidden_states = self._feed_forward(encoder_hidden_states, txt_mlp_mod, self.txt_mlp)
+        return hidden_states, encoder_hidden_states
+
+    def _feed_forward(self, x: torch.Tensor, mod_params: torch.Tensor, mlp: nn.Module) -> torch.Tensor:
+        modulated, gate = self.norm(x, mod_params)
+        x = gated_residual(x, gate, mlp(modulated))
+        # Large activations exceed float16; other dtypes have the range.
+        return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+class QwenImageTransformer2DModel(nn.Module):
+    """The denoiser. Its keyword arguments are those of the checkpoint's ``config.json``.
+
+    ``guidance_embeds`` adds an embedding of the guidance scale, named as in FLUX.1; no published Qwen-Image has it.
+    """
+
+    _repeated_blocks = ["QwenImageTransformerBlock"]
+
+    def __init__(
+        self,
+        *,
+        od_config: OmniDiffusionConfig | None = None,
+        patch_size: int = 2,
+        in_channels: int = 64,
+        out_channels: int = 16,
+        num_layers: int = 60,
+        attention_head_dim: int = 128,
+        num_attention_heads: int = 24,
+        joint_attention_dim: int = 3584,
+        guidance_embeds: bool = False,
+        axes_dims_rope: Sequence[int] = (16, 56, 56),
+        zero_cond_t: bool = False,
+        use_additional_t_cond: bool = False,
+        use_layer3d_rope: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("zero_cond_t", zero_cond_t),
+            ("use_additional_t_cond", use_additional_t_cond),
+            ("use_layer3d_rope", use_layer3d_rope),
+        ):
+            if value:
+                raise InvalidModelFolderError(f"transformer/config.json sets {name}, which only text to image lacks")
+        if sum(axes_dims_rope) != attention_head_dim:
+            raise InvalidModelFolderError(
+                f"transformer/config.json: axes_dims_rope={list(axes_dims_rope)} must add up to"
+                f" attention_head_dim={attention_head_dim}"
+            )
+        self.od_config = od_config
+        dim = num_attention_heads * attention_head_dim
+        self.axes_dims_rope = tuple(axes_dims_rope)
+        self.time_text_embed = QwenTimestepProjEmbeddings(dim, guidance_embeds)
+        self.txt_norm = RMSNorm(joint_attention_dim)
+        self.img_in = ReplicatedLinear(in_channels, dim)
+        self.txt_in = ReplicatedLinear(joint_attention_dim, dim)
+        self.transformer_blocks = nn.ModuleList(
+            [QwenImageTransformerBlock(dim, num_attention_heads, attention_head_dim) for _ in range(num_layers)]
+        )
+        self.norm_out = AdaLayerNormContinuous(dim, dim)
+        self.proj_out = ReplicatedLinear(dim, patch_size**2 * out_channels)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        img_shapes: tuple[ImageShape, ...],
+        encoder_hidden_states_mask: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Predict the velocity ``noise - sample`` of every image token.
+
+        ``image [B, I, C], text [B, T, J], timestep [B] in [0, 1], mask [B, T], guidance [B] -> [B, I, C]``.
+        ``img_shapes`` is shared by all rows. Masked text tokens change nothing.
+        """
+        num_image = hidden_states.shape[1]
+        rope = joint_rope(img_shapes, encoder_hidden_states.shape[1], self.axes_dims_rope, hidden_states.device)
+        attn_mask = None
+        if encoder_hidden_states_mask is not None:
+            attn_mask = F.pad(encoder_hidden_states_mask, (0, num_image), value=True)
+        hidden_states = self.img_in(hidden_states)
+        encoder_hidden_states = self.txt_in(self.txt_norm(encoder_hidden_states))
+        embedding = self.time_text_embed(timestep, guidance, hidden_states.dtype)
+        conditioning = F.silu(embedding)
+        for block in self.transformer_blocks:
+            hidden_states, encoder_hidden_states = block(
+                hidden_states, encoder_hidden_states, conditioning, rope, attn_mask
+            )
+        output: torch.Tensor = self.proj_out(self.norm_out(hidden_states, embedding))
+        return output

@@ -1,0 +1,28 @@
+"""From a pipeline's pixels to what the user asked for.
+
+Shapes: N outputs, C colour channels (RGB or RGBA), H and W in pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+
+
+def images_from_pixels(pixels: torch.Tensor, output_type: str = "pil") -> Any:
+    """``pixels [N, C, H, W] in [-1, 1]`` as PIL pictures, or as values in [0, 1].
+
+    ``"pil"``: a list of pictures; ``"np"``: float32 ``[N, H, W, C]``; ``"pt"``: float32 ``[N, C, H, W]``.
+    """
+    values = (pixels.float() * 0.5 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return values.cpu()
+    channels_last = values.permute(0, 2, 3, 1)
+    if output_type == "np":
+        return channels_last.cpu().numpy()
+    if output_type == "pil":
+        integers = (channels_last * 255).round().to(torch.uint8).cpu().numpy()
+        return [Image.fromarray(picture) for picture in integers]
+    raise ValueError(f"output_type={output_type!r} must be one of pil, np, pt")

@@ -1,0 +1,125 @@
+"""Which pipeline class serves which model: tables of strings, and a lookup that imports a model when it is needed.
+
+A model in this tree adds a line to the tables. A package outside of it calls :func:`register_diffusion_model`, or
+offers a function that does so under the entry-point group ``vllm_omni.diffusion_models``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+from torch import nn
+
+from vllm_omni.errors import UnsupportedPipelineError, nearest_name
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
+
+_MODELS_PACKAGE = "vllm_omni.diffusion.models"
+_ENTRY_POINT_GROUP = "vllm_omni.diffusion_models"
+
+# pipeline class as model_index.json names it -> (folder, file, class)
+_DIFFUSION_MODELS: dict[str, tuple[str, str, str]] = {
+    "QwenImagePipeline": ("qwen_image", "pipeline_qwen_image", "QwenImagePipeline"),
+}
+
+# pipeline class -> name of a function beside it: od_config -> (request -> request)
+_DIFFUSION_PRE_PROCESS_FUNCS: dict[str, str] = {}
+
+# pipeline class -> name of a function beside it: od_config -> (output -> images)
+_DIFFUSION_POST_PROCESS_FUNCS: dict[str, str] = {
+    "QwenImagePipeline": "get_qwen_image_post_process_func",
+}
+
+
+@dataclass(frozen=True)
+class DiffusionModel:
+    """A registered pipeline, imported."""
+
+    pipeline_class: type[nn.Module]
+    get_pre_process_func: Callable[..., Any] | None
+    get_post_process_func: Callable[..., Any] | None
+
+
+def register_diffusion_model(
+    model_class_name: str,
+    target: str,
+    *,
+    pre_process_func: str | None = None,
+    post_process_func: str | None = None,
+) -> None:
+    """Make a pipeline known under the class name that ``model_index.json`` gives.
+
+    ``target`` is ``"package.module:ClassName"`` and is imported when such a model is first loaded; the two functions
+    are names in the same module. Registering a name again replaces it. Raises ``ValueError`` for a malformed target.
+    """
+    module, separator, class_name = target.partition(":")
+    if not (module and separator and class_name):
+        raise ValueError(f"target={target!r} must read 'package.module:ClassName'")
+    folder, _, file = module.rpartition(".")
+    _DIFFUSION_MODELS[model_class_name] = (folder, file, class_name)
+    for table, function in (
+        (_DIFFUSION_PRE_PROCESS_FUNCS, pre_process_func),
+        (_DIFFUSION_POST_PROCESS_FUNCS, post_process_func),
+    ):
+        table.pop(model_class_name, None)
+        if function is not None:
+            table[model_class_name] = function
+
+
+def supported_pipelines() -> list[str]:
+    """The class names of all registered pipelines."""
+    _load_entry_points()
+    return sorted(_DIFFUSION_MODELS)
+
+
+def resolve_diffusion_model(model_class_name: str) -> DiffusionModel:
+    """Import a registered pipeline. Raises ``UnsupportedPipelineError`` for a name that is not registered."""
+    _load_entry_points()
+    if model_class_name not in _DIFFUSION_MODELS:
+        raise UnsupportedPipelineError(
+            f"no model is registered for the pipeline class {model_class_name!r};"
+            f" {nearest_name(model_class_name, _DIFFUSION_MODELS)} (registered:"
+            f" {', '.join(sorted(_DIFFUSION_MODELS))}). docs/adding_a_model.md says how to add one, in this tree or by"
+            " vllm_omni.diffusion.registry.register_diffusion_model from another package"
+        )
+    folder, file, class_name = _DIFFUSION_MODELS[model_class_name]
+    module = importlib.import_module(_module_name(folder, file))
+    return DiffusionModel(
+        pipeline_class=getattr(module, class_name),
+        get_pre_process_func=_function(module, _DIFFUSION_PRE_PROCESS_FUNCS.get(model_class_name)),
+        get_post_process_func=_function(module, _DIFFUSION_POST_PROCESS_FUNCS.get(model_class_name)),
+    )
+
+
+def _module_name(folder: str, file: str) -> str:
+    """Entries of this tree name a folder of its models package; registered ones name any package, or none."""
+    if not folder:
+        return file
+    local = f"{_MODELS_PACKAGE}.{folder}"
+    if "." not in folder and importlib.util.find_spec(local) is not None:
+        return f"{local}.{file}"
+    return f"{folder}.{file}"
+
+
+def _function(module: Any, name: str | None) -> Callable[..., Any] | None:
+    if name is None:
+        return None
+    function: Callable[..., Any] = getattr(module, name)
+    return function
+
+
+@functools.cache
+def _load_entry_points() -> None:
+    """Let installed packages register their models, once per process. A broken one is reported and left out."""
+    for entry in entry_points(group=_ENTRY_POINT_GROUP):
+        try:
+            entry.load()()
+        except Exception:
+            logger.exception("entry point %s of %s failed; its models are not available", entry.name, entry.group)

@@ -1,0 +1,50 @@
+"""What the engine tells a worker to do next, and what it hears back. Both are small and can be pickled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_omni.diffusion.request import OmniDiffusionRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerCommand:
+    """One round of work. Requests are named by id, in the order in which they are to be served."""
+
+    release: tuple[str, ...] = ()  # forget these; they were aborted
+    prepare: tuple[OmniDiffusionRequest, ...] = ()
+    decode: tuple[str, ...] = ()  # all their steps are done
+    step: tuple[str, ...] = ()
+    max_batch_size: int = 1  # rows of one forward
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.release or self.prepare or self.decode or self.step)
+
+
+@dataclass(kw_only=True)
+class StageTimes:
+    """Seconds of a request in the worker, from the begin to the end of each stage."""
+
+    prepare_s: float = 0.0
+    denoise_s: float = 0.0
+    decode_s: float = 0.0
+
+
+@dataclass(kw_only=True)
+class WorkerOutput:
+    """A request that is done: its output on the CPU."""
+
+    output: Any
+    times: StageTimes
+    peak_memory_bytes: int
+
+
+@dataclass(kw_only=True)
+class WorkerResult:
+    """What became of a :class:`WorkerCommand`. A request that failed is in ``errors`` and is forgotten."""
+
+    finished: dict[str, WorkerOutput] = field(default_factory=dict)
+    errors: dict[str, Exception] = field(default_factory=dict)
+    attention_backends: tuple[str, ...] = ()

@@ -1,0 +1,167 @@
+"""One rank's model and the states of the requests that it works on."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_omni.diffusion.attention.layer import Attention
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.denoise import DenoiseState, denoise_step
+from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader, LoadProgress
+from vllm_omni.diffusion.registry import resolve_diffusion_model
+from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.diffusion.worker.messages import StageTimes, WorkerCommand, WorkerOutput, WorkerResult
+from vllm_omni.errors import InsufficientMemoryError, NonFiniteOutputError
+from vllm_omni.platforms import get_platform
+
+# The host may queue this many steps before the device has done the first of them: enough to keep the device busy,
+# few enough that progress is true and a request can be aborted between two steps.
+_MAX_STEPS_AHEAD = 2
+
+
+@dataclass(kw_only=True)
+class _Running:
+    """A request on this rank. ``state`` is None for a pipeline that runs in one piece."""
+
+    request: OmniDiffusionRequest
+    state: DenoiseState | None = None
+    output: Any = None  # of a pipeline that runs in one piece
+    times: StageTimes = field(default_factory=StageTimes)
+    denoise_started: float | None = None
+
+
+class ModelRunner:
+    """Carries out commands: prepare, step and decode requests, each failure kept to the request that caused it."""
+
+    def __init__(self, od_config: OmniDiffusionConfig, on_load_progress: LoadProgress | None = None) -> None:
+        self._config = od_config
+        self._platform = get_platform(od_config.torch_device)
+        pipeline_class = resolve_diffusion_model(od_config.model_class_name).pipeline_class
+        self.pipeline: Any = DiffusersPipelineLoader(od_config, on_load_progress).load_model(pipeline_class)
+        self._is_stepped = is_stepped(pipeline_class)
+        self._running: dict[str, _Running] = {}
+        self._steps_ahead: deque[Callable[[], None]] = deque()
+
+    def execute(self, command: WorkerCommand) -> WorkerResult:
+        """Carry out one command."""
+        result = WorkerResult()
+        for request_id in command.release:
+            self._running.pop(request_id, None)
+        for request in command.prepare:
+            self._guard(result, request.request_id, self._prepare, request)
+        for request_id in command.decode:
+            self._guard(result, request_id, self._finish, request_id, result)
+        group = [self._running[request_id] for request_id in command.step if request_id in self._running]
+        self._step(group, command.max_batch_size, result)
+        for request_id in (*result.errors, *result.finished):
+            self._running.pop(request_id, None)
+        result.attention_backends = self._used_attention_backends()
+        return result
+
+    def _prepare(self, request: OmniDiffusionRequest) -> None:
+        if not self._running:
+            self._platform.reset_peak_memory()
+        running = _Running(request=request)
+        started = time.perf_counter()
+        if self._is_stepped:
+            running.state = self.pipeline.prepare(request)
+            self._platform.synchronize()
+        running.times.prepare_s = time.perf_counter() - started
+        self._running[request.request_id] = running
+
+    def _step(self, group: Sequence[_Running], max_batch_size: int, result: WorkerResult) -> None:
+        """One denoising step of all requests together; if that fails, of each alone, so that only culprits fail."""
+        now = time.perf_counter()
+        for running in group:
+            if running.denoise_started is None:
+                running.denoise_started = now
+        if not self._is_stepped:
+            for running in group:
+                self._guard(result, running.request.request_id, self._run_whole, running)
+            return
+        states = [running.state for running in group if running.state is not None]
+        if not states:
+            return
+        try:
+            denoise_step(states, self.pipeline, max_batch_size)
+        except Exception as error:
+            self._platform.empty_cache()
+            if len(states) == 1:
+                result.errors[states[0].request_id] = _explained(error)
+                return
+            for state in states:
+                self._guard(result, state.request_id, denoise_step, [state], self.pipeline, 1)
+        self._limit_steps_ahead()
+
+    def _run_whole(self, running: _Running) -> None:
+        running.output = self.pipeline.forward(running.request).output
+
+    def _limit_steps_ahead(self) -> None:
+        self._steps_ahead.append(self._platform.record())
+        if len(self._steps_ahead) >= _MAX_STEPS_AHEAD:
+            self._steps_ahead.popleft()()
+
+    def _finish(self, request_id: str, result: WorkerResult) -> None:
+        running = self._running[request_id]
+        self._platform.synchronize()
+        started = time.perf_counter()
+        if running.denoise_started is not None:
+            running.times.denoise_s = started - running.denoise_started
+        output = running.output if running.state is None else self._decode(running)
+        if isinstance(output, torch.Tensor):
+            output = output.cpu()
+        running.times.decode_s = time.perf_counter() - started
+        result.finished[request_id] = WorkerOutput(
+            output=output, times=running.times, peak_memory_bytes=self._platform.peak_memory()
+        )
+
+    def _decode(self, running: _Running) -> torch.Tensor:
+        state = running.state
+        assert state is not None, "only stepped pipelines are decoded"
+        assert state.is_done, "the scheduler decodes requests whose steps are done"
+        if not bool(torch.isfinite(state.latents).all()):
+            raise NonFiniteOutputError(
+                f"the latents of {state.request_id} are not finite after {state.num_steps} steps; use dtype='bfloat16'"
+                " or 'float32' instead of 'float16', or a smaller guidance scale"
+            )
+        if running.request.sampling_params.output_type == "latent":
+            return state.latents
+        pixels: torch.Tensor = self.pipeline.decode(state)
+        return pixels
+
+    def _guard(self, result: WorkerResult, request_id: str, work: Callable[..., None], *arguments: Any) -> None:
+        """Run ``work`` of one request; what it raises becomes that request's error."""
+        try:
+            work(*arguments)
+        except Exception as error:
+            result.errors[request_id] = _explained(error)
+            self._platform.empty_cache()
+
+    def _used_attention_backends(self) -> tuple[str, ...]:
+        layers = (module for module in self.pipeline.modules() if isinstance(module, Attention))
+        return tuple(sorted(set().union(*(layer.used_backends for layer in layers))))
+
+
+def is_stepped(pipeline_class: type[nn.Module]) -> bool:
+    """Whether a pipeline has the three verbs, so that the engine can drive its steps."""
+    return all(callable(getattr(pipeline_class, verb, None)) for verb in ("prepare", "predict", "decode"))
+
+
+def _explained(error: Exception) -> Exception:
+    """Memory that ran out, as an error that says what to do; any other error as it is."""
+    text = str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        explained = InsufficientMemoryError(
+            f"the device ran out of memory ({text.splitlines()[0] if text else type(error).__name__}); ask for a"
+            " smaller size or fewer outputs, lower max_batch_size, or set vae_use_tiling=True"
+        )
+        explained.__cause__ = error
+        return explained
+    return error

@@ -1,0 +1,195 @@
+"""Offline generation: ``Omni(model).generate(prompts)``."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from vllm_omni.diffusion.data import OmniDiffusionConfig, check_option_names, read_json
+from vllm_omni.diffusion.engine.engine import Engine
+from vllm_omni.diffusion.model_loader.utils import resolve_model_folder
+from vllm_omni.errors import EngineClosedError, GenerationError, InvalidModelFolderError, InvalidRequestError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, PromptInput
+from vllm_omni.outputs import OmniRequestOutput, StepProgress
+
+ProgressCallback = Callable[[StepProgress], None]
+
+# Ships with the package: a small text-to-image model of coloured shapes, so that everything runs without a download.
+SHIPPED_MODEL = Path(__file__).parent.parent / "assets" / "shapes-qwen-image"
+
+
+class Omni:
+    """A diffusion model, loaded and ready.
+
+    ``model`` is a folder in the layout of a diffusers pipeline or a hub id; None is the small model that ships with
+    the package. ``options`` are the fields of :class:`~vllm_omni.diffusion.data.OmniDiffusionConfig`, flat:
+    ``dtype="bfloat16"``, ``vae_use_tiling=True``, ... An unknown option, or one whose feature does not exist yet, is
+    an error. ``show_progress`` shows bars for loading and steps; None means "if standard error is a terminal".
+
+    Calls of ``generate`` from several threads take turns; ``abort`` may be called from any thread, or from a
+    progress callback.
+    """
+
+    def __init__(self, model: str | None = None, *, show_progress: bool | None = None, **options: Any) -> None:
+        check_option_names(options)
+        self._show_progress = sys.stderr.isatty() if show_progress is None else show_progress
+        self._lock = threading.RLock()
+        self._engine: Engine | None = None
+        self.od_config = _resolve_config(str(SHIPPED_MODEL) if model is None else model, options)
+        with _LoadBar(self._show_progress) as bar:
+            self._engine = Engine(self.od_config, bar.update)
+
+    def generate(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        sampling_params: OmniDiffusionSamplingParams | Sequence[OmniDiffusionSamplingParams] | None = None,
+        *,
+        progress: ProgressCallback | None = None,
+        max_batch_size: int | None = None,
+    ) -> list[OmniRequestOutput]:
+        """Generate for one prompt or several, and return their outputs in order.
+
+        A prompt is a string or a dict (``prompt`` or ``prompt_embeds``, ``negative_prompt`` or
+        ``negative_prompt_embeds``, ``multi_modal_data``). ``sampling_params`` is one for all prompts, or one for
+        each. ``progress`` is called after each step of each request. ``max_batch_size`` limits how many pictures
+        share one forward in this call.
+
+        Raises ``InvalidRequestError`` before any work if one of the requests is not sound. If requests fail while
+        they run, the others still finish, and ``GenerationError`` carries all outputs.
+        """
+        if max_batch_size is not None and (isinstance(max_batch_size, bool) or max_batch_size < 1):
+            raise InvalidRequestError(f"max_batch_size={max_batch_size!r} must be at least 1", param="max_batch_size")
+        prompt_list = _as_list(prompts)
+        params_list = _as_params_list(sampling_params, len(prompt_list))
+        with self._lock:
+            engine = self._require_engine()
+            requests = [
+                engine.validate(prompt, params) for prompt, params in zip(prompt_list, params_list, strict=True)
+            ]
+            order = [engine.add_request(request) for request in requests]
+            outputs = self._run(engine, sum(_num_steps(params) for params in requests), progress, max_batch_size)
+        return _in_order(order, outputs)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request before its next step; its output comes back unfinished. False if it is not in progress."""
+        return self._require_engine().abort(request_id)
+
+    def close(self) -> None:
+        """Free the model and its memory. May be called twice."""
+        with self._lock:
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
+
+    def __enter__(self) -> Omni:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _require_engine(self) -> Engine:
+        if self._engine is None:
+            raise EngineClosedError("this Omni is closed; create a new one")
+        return self._engine
+
+    def _run(
+        self, engine: Engine, num_steps: int, progress: ProgressCallback | None, max_batch_size: int | None
+    ) -> dict[str, OmniRequestOutput]:
+        outputs: dict[str, OmniRequestOutput] = {}
+        with tqdm(total=num_steps, desc="steps", unit="step", disable=not self._show_progress) as bar:
+            try:
+                while engine.has_requests:
+                    completed = engine.step(max_batch_size)
+                    outputs |= {output.request_id: output for output in completed.outputs}
+                    for event in completed.progress:
+                        bar.update()
+                        if progress is not None:
+                            progress(event)
+            except BaseException:
+                # The caller's interrupt or callback ended this call: nothing of it may linger in the next one.
+                engine.discard_all()
+                raise
+        return outputs
+
+
+def _resolve_config(model: str, options: dict[str, Any]) -> OmniDiffusionConfig:
+    if not isinstance(model, str):
+        raise InvalidModelFolderError(f"model={model!r} must be the path of a folder or a hub id, as a string")
+    weights = options.get("load_format") != "dummy"
+    folder = resolve_model_folder(model, options.get("revision"), weights=weights)
+    index_path = folder / "model_index.json"
+    index = read_json(index_path)
+    class_name = index.get("_class_name") if isinstance(index, dict) else None
+    if not isinstance(class_name, str):
+        raise InvalidModelFolderError(f"{index_path} does not name its pipeline class in _class_name")
+    return OmniDiffusionConfig.from_options(model=str(folder), model_class_name=class_name, **options)
+
+
+def _as_list(prompts: PromptInput | Sequence[PromptInput]) -> list[Any]:
+    if not isinstance(prompts, (list, tuple)):
+        return [prompts]
+    if not prompts:
+        raise InvalidRequestError("prompts is an empty list; give at least one prompt", param="prompts")
+    return list(prompts)
+
+
+def _as_params_list(sampling_params: Any, num_prompts: int) -> list[OmniDiffusionSamplingParams]:
+    if sampling_params is None:
+        sampling_params = OmniDiffusionSamplingParams()
+    params_list = (
+        list(sampling_params) if isinstance(sampling_params, (list, tuple)) else [sampling_params] * num_prompts
+    )
+    for params in params_list:
+        if not isinstance(params, OmniDiffusionSamplingParams):
+            raise InvalidRequestError(
+                f"sampling_params must be OmniDiffusionSamplingParams or a list of them, not {type(params).__name__}",
+                param="sampling_params",
+            )
+    if len(params_list) != num_prompts:
+        raise InvalidRequestError(
+            f"{len(params_list)} sampling_params do not match {num_prompts} prompts; give one for all, or one for each",
+            param="sampling_params",
+        )
+    return params_list
+
+
+def _num_steps(request: Any) -> int:
+    steps = request.sampling_params.num_inference_steps
+    return 1 if steps is None else int(steps)
+
+
+def _in_order(order: Sequence[str], outputs: dict[str, OmniRequestOutput]) -> list[OmniRequestOutput]:
+    ordered = [outputs[request_id] for request_id in order]
+    failed = [output for output in ordered if output.error is not None]
+    if failed:
+        others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise GenerationError(
+            f"{failed[0].request_id} failed: {failed[0].error}{others}; the exception's outputs hold what finished",
+            outputs=ordered,
+        ) from failed[0].error
+    return ordered
+
+
+class _LoadBar:
+    """A progress bar over the bytes of the weights."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._bar = tqdm(desc="loading", unit="B", unit_scale=True, disable=not enabled)
+
+    def update(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> _LoadBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

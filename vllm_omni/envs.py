@@ -1,0 +1,15 @@
+"""The environment variables that the package reads, each through one function."""
+
+from __future__ import annotations
+
+import os
+
+
+def attention_backend() -> str | None:
+    """``DIFFUSION_ATTENTION_BACKEND``: the attention backend by name; the engine option wins over it."""
+    return os.environ.get("DIFFUSION_ATTENTION_BACKEND") or None
+
+
+def log_level() -> str:
+    """``VLLM_OMNI_LOG_LEVEL``: DEBUG, INFO, WARNING (default) or ERROR."""
+    return os.environ.get("VLLM_OMNI_LOG_LEVEL", "WARNING").upper()

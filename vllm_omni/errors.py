@@ -1,0 +1,86 @@
+"""Every error that a user can meet, one type per cause.
+
+Each message shows the value that came, what is allowed, and what to do. The types also inherit the built-in
+exception that a Python user would expect, so ``except ValueError`` keeps working.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class OmniError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class InvalidRequestError(OmniError, ValueError):
+    """A prompt or a sampling parameter cannot be honoured. ``param`` names the field."""
+
+    def __init__(self, message: str, *, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class InvalidConfigError(OmniError, ValueError):
+    """An engine option has a value that is not allowed. ``option`` names it."""
+
+    def __init__(self, message: str, *, option: str) -> None:
+        super().__init__(message)
+        self.option = option
+
+
+class FeatureNotAvailableError(OmniError, NotImplementedError):
+    """An engine option asks for a feature that this version does not have."""
+
+
+class ModelNotFoundError(OmniError, FileNotFoundError):
+    """The model is neither a folder on this machine nor a repository that the hub knows."""
+
+
+class InvalidModelFolderError(OmniError, ValueError):
+    """The model's folder is not in the layout of a diffusers pipeline."""
+
+
+class HubUnreachableError(OmniError, ConnectionError):
+    """The model is named by a hub id, it is not in the local cache, and the hub cannot be reached."""
+
+
+class UnsupportedPipelineError(OmniError, LookupError):
+    """No registered model has the pipeline class that ``model_index.json`` names."""
+
+
+class WeightsError(OmniError, RuntimeError):
+    """Weight files are missing or damaged, or do not fit the model."""
+
+
+class AttentionBackendError(OmniError, RuntimeError):
+    """An attention backend was asked for by name and cannot run here."""
+
+
+class InsufficientMemoryError(OmniError, MemoryError):
+    """The model or a request does not fit into the memory of the device."""
+
+
+class NonFiniteOutputError(OmniError, ArithmeticError):
+    """Denoising ended in NaN or infinite latents, so there is no picture to show."""
+
+
+class GenerationError(OmniError, RuntimeError):
+    """At least one request failed while it ran. ``outputs`` holds the results of all, in order."""
+
+    def __init__(self, message: str, *, outputs: list[Any]) -> None:
+        super().__init__(message)
+        self.outputs = outputs
+
+
+class EngineClosedError(OmniError, RuntimeError):
+    """The engine was closed and takes no more requests."""
+
+
+def nearest_name(name: str, allowed: Iterable[str]) -> str:
+    """A sentence that helps someone who mistyped ``name``: the nearest allowed name, or all of them."""
+    allowed = sorted(allowed)
+    close = difflib.get_close_matches(name, allowed, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
