@@ -1,0 +1,122 @@
+"""Pictures that come with a prompt: PIL, numpy, encoded bytes or a data URL, brought to one form or refused.
+
+A string that is no data URL is refused: nothing in a prompt is ever opened as a file or fetched.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from vllm_omni.errors import InvalidRequestError
+
+# Larger pictures are refused before they are decoded: a few kilobytes can unpack to gigabytes.
+MAX_PIXELS = 64 * 1024 * 1024
+_DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
+
+
+def load_images(value: Any, *, param: str, mode: str = "RGB", max_images: int = 1) -> list[Image.Image]:
+    """One picture or a list of them as PIL pictures in ``mode`` (``"RGB"`` or ``"RGBA"``).
+
+    Greyscale, palette and CMYK pictures are converted. Transparency is laid on white where ``mode`` has none. An
+    animated picture, or one of more than 8 bits per channel, is refused, since a part of it would be lost.
+    Raises ``InvalidRequestError`` that names ``param``.
+    """
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not 1 <= len(values) <= max_images:
+        allowed = "one picture" if max_images == 1 else f"1 to {max_images} pictures"
+        raise InvalidRequestError(f"{param} holds {len(values)} pictures; this model takes {allowed}", param=param)
+    return [_in_mode(_load(item, param), mode, param) for item in values]
+
+
+def _load(value: Any, param: str) -> Image.Image:
+    if isinstance(value, Image.Image):
+        picture = value
+    elif isinstance(value, np.ndarray):
+        picture = _from_array(value, param)
+    elif isinstance(value, (bytes, bytearray)):
+        picture = _decode(bytes(value), param)
+    elif isinstance(value, str):
+        picture = _decode(_data_url_bytes(value, param), param)
+    else:
+        raise InvalidRequestError(
+            f"{param} is a {type(value).__name__}; give a PIL picture, a numpy array, encoded bytes or a data URL",
+            param=param,
+        )
+    _check_size(picture, param)
+    return picture
+
+
+def _data_url_bytes(value: str, param: str) -> bytes:
+    header = _DATA_URL.match(value)
+    if header is None:
+        raise InvalidRequestError(
+            f"{param} is the string {value[:40]!r}, which is no data URL (data:image/png;base64,...); files and web"
+            " addresses in a prompt are never opened",
+            param=param,
+        )
+    try:
+        return base64.b64decode(value[header.end() :], validate=True)
+    except binascii.Error as error:
+        raise InvalidRequestError(f"{param} is a data URL with broken base64: {error}", param=param) from error
+
+
+def _decode(encoded: bytes, param: str) -> Image.Image:
+    try:
+        picture = Image.open(io.BytesIO(encoded))
+        _check_size(picture, param)
+        if getattr(picture, "n_frames", 1) > 1:
+            raise InvalidRequestError(
+                f"{param} is animated, with {picture.n_frames} frames; give one of them", param=param
+            )
+        picture.load()
+    except InvalidRequestError:
+        raise
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InvalidRequestError(
+            f"{param} holds {len(encoded)} bytes that are no picture: {error}", param=param
+        ) from error
+    return picture
+
+
+def _from_array(values: np.ndarray, param: str) -> Image.Image:
+    """``[H, W]``, ``[H, W, 3]`` or ``[H, W, 4]``: uint8, or floats in [0, 1]."""
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)) or 0 in values.shape:
+        raise InvalidRequestError(
+            f"{param} is an array of shape {list(values.shape)}; it must be [H, W], [H, W, 3] or [H, W, 4]", param=param
+        )
+    if np.issubdtype(values.dtype, np.floating):
+        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+            raise InvalidRequestError(f"{param} is an array of floats outside [0, 1]", param=param)
+        values = np.round(values * 255).astype(np.uint8)
+    if values.dtype != np.uint8:
+        raise InvalidRequestError(f"{param} is an array of {values.dtype}; it must be uint8 or floats", param=param)
+    return Image.fromarray(values)
+
+
+def _check_size(picture: Image.Image, param: str) -> None:
+    if picture.width * picture.height > MAX_PIXELS:
+        raise InvalidRequestError(
+            f"{param} is {picture.width} x {picture.height} pixels; at most {MAX_PIXELS:,} pixels are taken",
+            param=param,
+        )
+
+
+def _in_mode(picture: Image.Image, mode: str, param: str) -> Image.Image:
+    if picture.mode.startswith(("I", "F")):
+        raise InvalidRequestError(
+            f"{param} has more than 8 bits per channel (mode {picture.mode}); convert it to 8 bits", param=param
+        )
+    if picture.mode == mode:
+        return picture
+    if mode == "RGB" and picture.has_transparency_data:
+        with_alpha = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, with_alpha).convert("RGB")
+    return picture.convert(mode)
