@@ -78,7 +78,11 @@ def _decode(encoded: bytes, param: str) -> Image.Image:
         picture.load()
     except InvalidRequestError:
         raise
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise InvalidRequestError(
+            f"{param} is too large: {error}; at most {MAX_PIXELS:,} are taken", param=param
+        ) from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise InvalidRequestError(
             f"{param} holds {len(encoded)} bytes that are no picture: {error}", param=param
         ) from error
