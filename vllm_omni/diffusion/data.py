@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 
-from vllm_omni import envs
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import (
     FeatureNotAvailableError,
@@ -22,7 +21,6 @@ from vllm_omni.errors import (
     InvalidModelFolderError,
     nearest_name,
 )
-from vllm_omni.platforms import default_device, get_platform
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -82,9 +80,10 @@ _NESTED: dict[str, type[Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class OmniDiffusionConfig:
-    """Everything that is fixed when the engine starts. Built by :meth:`from_options`.
+    """Everything that is fixed when the engine starts. Built by ``engine.configure``.
 
-    ``model`` is a local folder in the layout of a diffusers pipeline. A hub id was resolved before.
+    ``model`` is a local folder in the layout of a diffusers pipeline: a hub id is resolved before, as are the values
+    ``"auto"`` of device and dtype.
     """
 
     model: str = field(metadata={"cli": False})
@@ -120,20 +119,16 @@ class OmniDiffusionConfig:
 
     @classmethod
     def from_options(cls, *, model: str, model_class_name: str, **options: Any) -> OmniDiffusionConfig:
-        """The configuration of flat options. Raises ``InvalidConfigError`` for one that is unknown or out of range,
-        ``FeatureNotAvailableError`` for one whose feature does not exist yet."""
+        """The configuration of flat options, with device and dtype already named.
+
+        Raises ``InvalidConfigError`` for an option that is unknown or out of range, ``FeatureNotAvailableError`` for
+        one whose feature does not exist yet.
+        """
         check_option_names(options)
         nested: dict[str, Any] = {}
         for part, part_class in _NESTED.items():
             names = {f.name for f in dataclasses.fields(part_class)}
             nested[part] = part_class(**{name: options.pop(name) for name in names & options.keys()})
-        options.setdefault("attention_backend", envs.attention_backend())
-        if options.get("device") in (None, "auto"):
-            options["device"] = str(default_device())
-        if options.get("dtype") in (None, "auto"):
-            options["dtype"] = _dtype_name(get_platform(_parse_device(options["device"])).default_dtype)
-        if isinstance(options["dtype"], torch.dtype):
-            options["dtype"] = _dtype_name(options["dtype"])
         return cls(model=model, model_class_name=model_class_name, **options, **nested)
 
     @property
@@ -142,7 +137,7 @@ class OmniDiffusionConfig:
 
     @property
     def torch_device(self) -> torch.device:
-        return _parse_device(self.device)
+        return torch.device(self.device)
 
     @property
     def tf_model_config(self) -> Mapping[str, Any]:
@@ -205,24 +200,6 @@ def _check_option(option: dataclasses.Field[Any], value: Any) -> None:
             raise InvalidConfigError(f"{name}={value!r} must be True or False", option=name)
     elif isinstance(default, int) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise InvalidConfigError(f"{name}={value!r} must be an integer of at least 1", option=name)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _parse_device(device: Any) -> torch.device:
-    try:
-        parsed = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise InvalidConfigError(f"device={device!r} must be cpu, cuda or cuda:<index>", option="device") from None
-    if parsed.type not in ("cpu", "cuda"):
-        raise InvalidConfigError(f"device={device!r} must be cpu, cuda or cuda:<index>", option="device")
-    if parsed.type == "cuda":
-        count = torch.cuda.device_count()
-        if (parsed.index or 0) >= count:
-            raise InvalidConfigError(f"device={device!r}: this machine has {count} usable GPUs", option="device")
-    return parsed
 
 
 @dataclass(frozen=True)

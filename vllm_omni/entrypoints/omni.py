@@ -11,10 +11,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vllm_omni.diffusion.data import OmniDiffusionConfig, check_option_names, read_json
+from vllm_omni.diffusion.engine.configure import configure
 from vllm_omni.diffusion.engine.engine import Engine
-from vllm_omni.diffusion.model_loader.utils import resolve_model_folder
-from vllm_omni.errors import EngineClosedError, GenerationError, InvalidModelFolderError, InvalidRequestError
+from vllm_omni.errors import EngineClosedError, GenerationError, InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, PromptInput
 from vllm_omni.outputs import OmniRequestOutput, StepProgress
 
@@ -37,11 +36,10 @@ class Omni:
     """
 
     def __init__(self, model: str | None = None, *, show_progress: bool | None = None, **options: Any) -> None:
-        check_option_names(options)
         self._show_progress = sys.stderr.isatty() if show_progress is None else show_progress
         self._lock = threading.RLock()
         self._engine: Engine | None = None
-        self.od_config = _resolve_config(str(SHIPPED_MODEL) if model is None else model, options)
+        self.od_config = configure(str(SHIPPED_MODEL) if model is None else model, options)
         with _LoadBar(self._show_progress) as bar:
             self._engine = Engine(self.od_config, bar.update)
 
@@ -118,19 +116,6 @@ class Omni:
                 engine.discard_all()
                 raise
         return outputs
-
-
-def _resolve_config(model: str, options: dict[str, Any]) -> OmniDiffusionConfig:
-    if not isinstance(model, str):
-        raise InvalidModelFolderError(f"model={model!r} must be the path of a folder or a hub id, as a string")
-    weights = options.get("load_format") != "dummy"
-    folder = resolve_model_folder(model, options.get("revision"), weights=weights)
-    index_path = folder / "model_index.json"
-    index = read_json(index_path)
-    class_name = index.get("_class_name") if isinstance(index, dict) else None
-    if not isinstance(class_name, str):
-        raise InvalidModelFolderError(f"{index_path} does not name its pipeline class in _class_name")
-    return OmniDiffusionConfig.from_options(model=str(folder), model_class_name=class_name, **options)
 
 
 def _as_list(prompts: PromptInput | Sequence[PromptInput]) -> list[Any]:

@@ -71,9 +71,10 @@ def _decode(encoded: bytes, param: str) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(encoded))
         _check_size(picture, param)
-        if getattr(picture, "n_frames", 1) > 1:
+        num_frames = getattr(picture, "n_frames", 1)
+        if num_frames > 1:
             raise InvalidRequestError(
-                f"{param} is animated, with {picture.n_frames} frames; give one of them", param=param
+                f"{param} is animated, with {num_frames} frames; give one of them", param=param
             )
         picture.load()
     except InvalidRequestError:

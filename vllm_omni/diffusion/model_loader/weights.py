@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -59,6 +60,11 @@ def iterate_weights(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]
                         yield name, file.get_tensor(name)
             else:
                 yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+        except pickle.UnpicklingError as error:
+            raise WeightsError(
+                f"{path} is damaged, or holds more than plain tensors, which could run code and is never loaded;"
+                " convert it to safetensors"
+            ) from error
         except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
             raise WeightsError(f"{path} is damaged or truncated ({error}); download it again") from error
 

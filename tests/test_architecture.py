@@ -1,0 +1,115 @@
+"""The import rule of docs/architecture.md: imports go down only."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "vllm_omni"
+
+# From the bottom up. A module belongs to the longest entry that is a prefix of its path.
+LAYERS: list[tuple[str, ...]] = [
+    ("logger", "envs", "errors", "version"),
+    ("inputs", "outputs", "diffusion/request", "diffusion/data"),
+    ("platforms", "diffusion/distributed"),
+    ("diffusion/attention", "diffusion/layers"),
+    (
+        "diffusion/latents",
+        "diffusion/guidance",
+        "diffusion/schedulers",
+        "diffusion/encoders",
+        "diffusion/denoise",
+        "diffusion/postprocess",
+        "diffusion/model_loader",
+        "diffusion/utils",
+        "media",
+    ),
+    ("diffusion/models",),
+    ("diffusion/registry",),
+    ("diffusion/worker",),
+    ("diffusion/engine",),
+    ("entrypoints",),
+]
+
+
+def modules() -> dict[str, Path]:
+    return {str(path.relative_to(ROOT).with_suffix("")).removesuffix("/__init__"): path for path in ROOT.rglob("*.py")}
+
+
+def entry_of(module: str) -> tuple[int, str]:
+    matches = [
+        (len(entry), level, entry)
+        for level, entries in enumerate(LAYERS)
+        for entry in entries
+        if module == entry or module.startswith(entry + "/")
+    ]
+    assert matches, f"{module} has no place in LAYERS; give it one"
+    _, level, entry = max(matches)
+    return level, entry
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of this package that a file imports when it is loaded or type-checked."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    known = modules()
+    inner = {name.removeprefix("vllm_omni.").replace(".", "/") for name in names if name.startswith("vllm_omni.")}
+    return {name for name in inner if name in known}
+
+
+PACKAGES = {"__init__", ".", "diffusion"}
+
+
+@pytest.mark.parametrize("module", sorted(set(modules()) - PACKAGES))
+def test_imports_go_down_only(module):
+    level, entry = entry_of(module)
+    for target in imported_modules(modules()[module]) - PACKAGES:
+        target_level, target_entry = entry_of(target)
+        if entry == target_entry:
+            continue
+        assert target_level <= level, f"{module} imports {target}, which lies above it"
+
+
+@pytest.mark.parametrize("module", sorted(name for name in modules() if name.startswith("diffusion/models/")))
+def test_a_model_imports_no_other_models_folder(module):
+    folder = module.split("/")[2]
+    for target in imported_modules(modules()[module]):
+        if target.startswith("diffusion/models/"):
+            assert target.split("/")[2] == folder
+
+
+def test_nothing_below_the_models_knows_a_models_name():
+    names = {path.name.split("_")[0] for path in (ROOT / "diffusion/models").iterdir() if path.is_dir()} - {""}
+    allowed = ("diffusion/models/", "diffusion/registry", "entrypoints/")
+    for module, path in modules().items():
+        if module.startswith(allowed):
+            continue
+        code = ast.unparse(_without_docstrings(ast.parse(path.read_text()))).lower()
+        for name in names - {["", "", "pycache", "", ""][0]}:
+            assert name not in code, f"{module} knows the model name {name!r}"
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
+            body[0] = ast.Pass()
+    return tree
+
+
+def test_no_file_is_longer_than_the_contract_allows():
+    for module, path in modules().items():
+        limit = 450 if module.endswith("_transformer") else 300
+        lines = len(path.read_text().splitlines())
+        assert lines <= limit, f"{module} has {lines} lines, more than {limit}"
