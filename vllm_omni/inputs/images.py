@@ -73,9 +73,7 @@ def _decode(encoded: bytes, param: str) -> Image.Image:
         _check_size(picture, param)
         num_frames = getattr(picture, "n_frames", 1)
         if num_frames > 1:
-            raise InvalidRequestError(
-                f"{param} is animated, with {num_frames} frames; give one of them", param=param
-            )
+            raise InvalidRequestError(f"{param} is animated, with {num_frames} frames; give one of them", param=param)
         picture.load()
     except InvalidRequestError:
         raise

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.model_loader.weights import (
@@ -62,13 +63,26 @@ def load_text_encoder(model_class: Any, od_config: OmniDiffusionConfig, subfolde
         return model.requires_grad_(False).eval()
     weight_files(folder, fall_back_to_pt=True)  # raises if a file is missing
     try:
-        model, report = model_class.from_pretrained(
-            folder, dtype=od_config.torch_dtype, output_loading_info=True, local_files_only=True
-        )
+        with _no_progress_bar():
+            model, report = model_class.from_pretrained(
+                folder, dtype=od_config.torch_dtype, output_loading_info=True, local_files_only=True
+            )
     except (SafetensorError, OSError, RuntimeError, EOFError) as error:
         raise WeightsError(f"{folder} cannot be loaded ({error}); download it again") from error
     check_complete(report["missing_keys"], set(), str(folder))
     return model.to(od_config.torch_device).requires_grad_(False).eval()
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keeps transformers from drawing a bar of its own, also where standard error is no terminal."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def load_tokenizer(tokenizer_class: Any, od_config: OmniDiffusionConfig, subfolder: str = "tokenizer") -> Any:

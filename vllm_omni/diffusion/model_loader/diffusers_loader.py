@@ -97,6 +97,9 @@ class DiffusersPipelineLoader:
                 done += tensor.numel() * tensor.element_size()
                 if self._on_progress is not None:
                     self._on_progress(min(done, total), total)
+        # The files' headers count as well.
+        if self._on_progress is not None:
+            self._on_progress(total, total)
 
     def _check_memory(self) -> None:
         """Refuse a model that cannot fit before anything is allocated."""

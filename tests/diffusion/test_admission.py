@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import pytest
+
+from vllm_omni import OmniDiffusionSamplingParams as Params
+from vllm_omni.diffusion.data import RequestSpec
+from vllm_omni.diffusion.engine.admission import admit
+from vllm_omni.errors import InvalidRequestError
+from vllm_omni.inputs.data import MAX_SEED
+
+SPEC = RequestSpec(
+    defaults={"height": 1024, "width": 1024, "num_inference_steps": 50, "true_cfg_scale": 4.0},
+    size_multiple=16,
+    prompt_keys=frozenset({"prompt", "negative_prompt"}),
+)
+
+
+def admitted(prompt="a cat", defaults=None, spec=SPEC, **values):
+    return admit(prompt, Params(**values), spec, {} if defaults is None else defaults)
+
+
+def test_absent_parameters_get_the_models_defaults():
+    params = admitted({"prompt": "a cat", "negative_prompt": ""}).sampling_params
+    assert (params.height, params.width, params.num_inference_steps) == (1024, 1024, 50)
+    assert (params.true_cfg_scale, params.num_outputs_per_prompt, params.output_type) == (4.0, 1, "pil")
+
+
+def test_a_checkpoints_defaults_win_over_the_pipelines_and_the_request_over_both():
+    defaults = {"height": 256, "num_inference_steps": 20, "negative_prompt": " "}
+    request = admitted(defaults=defaults, num_inference_steps=7)
+    params = request.sampling_params
+    assert (params.height, params.width, params.num_inference_steps) == (256, 1024, 7)
+    assert request.prompt["negative_prompt"] == " "
+    assert params.true_cfg_scale == 4.0
+
+
+def test_without_a_negative_prompt_guidance_is_off_and_asking_for_it_is_an_error():
+    assert admitted().sampling_params.true_cfg_scale == 1.0
+    with pytest.raises(InvalidRequestError, match="needs a negative prompt") as caught:
+        admitted(true_cfg_scale=3.0)
+    assert caught.value.param == "negative_prompt"
+
+
+def test_the_callers_objects_stay_as_they_are():
+    params = Params()
+    prompt = {"prompt": "a cat"}
+    admit(prompt, params, SPEC, {"negative_prompt": " "})
+    assert params == Params()
+    assert prompt == {"prompt": "a cat"}
+
+
+@pytest.mark.parametrize(("name", "value", "nearest"), [("height", 250, 256), ("width", 1, 16), ("width", 1033, 1040)])
+def test_a_size_off_the_grid_is_refused_with_the_nearest(name, value, nearest):
+    with pytest.raises(InvalidRequestError, match=f"{name}={value} must be a multiple of 16; the nearest is {nearest}"):
+        admitted(**{name: value})
+
+
+def test_a_drawn_seed_is_told_and_differs_each_time():
+    seeds = {admitted().sampling_params.seed for _ in range(8)}
+    assert len(seeds) == 8
+    assert None not in seeds
+
+
+def test_seeds_of_all_outputs_must_fit():
+    assert admitted(seed=5, num_outputs_per_prompt=3).seeds == [5, 6, 7]
+    with pytest.raises(InvalidRequestError, match="seed"):
+        admitted(seed=MAX_SEED, num_outputs_per_prompt=2)
+
+
+def test_parameters_changed_after_construction_are_checked_again():
+    params = Params()
+    params.height = -16
+    with pytest.raises(InvalidRequestError, match="height"):
+        admit("a cat", params, SPEC, {})
+
+
+def test_a_pipeline_without_a_spec_gets_the_parameters_as_they_came():
+    params = admitted(spec=None, guidance_scale=0.0).sampling_params
+    assert params.height is None
+    assert params.guidance_scale == 0.0
+    assert params.seed is not None

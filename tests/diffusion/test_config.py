@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from vllm_omni import Omni
+from vllm_omni.diffusion.data import OmniDiffusionConfig, engine_options
+from vllm_omni.diffusion.engine.configure import configure
+from vllm_omni.diffusion.model_loader import utils
+from vllm_omni.errors import (
+    AttentionBackendError,
+    FeatureNotAvailableError,
+    HubUnreachableError,
+    InsufficientMemoryError,
+    InvalidConfigError,
+    InvalidModelFolderError,
+    ModelNotFoundError,
+    UnsupportedPipelineError,
+    WeightsError,
+)
+
+PLANNED = {
+    "tensor_parallel_size": 2,
+    "cfg_parallel_size": 2,
+    "ulysses_degree": 2,
+    "ring_degree": 2,
+    "data_parallel_size": 2,
+    "use_hsdp": True,
+    "cache_backend": "tea_cache",
+    "cache_config": {"rel_l1_thresh": 0.2},
+    "enable_cpu_offload": True,
+    "quantization": "fp8",
+    "enforce_eager": False,
+}
+
+
+@pytest.fixture
+def broken(qwen_folder, tmp_path):
+    """A copy of the tiny checkpoint, to be damaged."""
+    return shutil.copytree(qwen_folder, tmp_path / "broken")
+
+
+@pytest.mark.parametrize(("option", "value"), PLANNED.items())
+def test_an_option_whose_feature_does_not_exist_yet_is_refused_by_name(qwen_folder, option, value):
+    with pytest.raises(FeatureNotAvailableError, match=option) as caught:
+        Omni(str(qwen_folder), **{option: value})
+    assert isinstance(caught.value, NotImplementedError)
+
+
+@pytest.mark.parametrize("option", ["tensor_parallel_size", "ulysses_degree"])
+def test_a_planned_option_at_its_default_is_fine(qwen_folder, option):
+    assert configure(str(qwen_folder), {option: 1}).parallel_config is not None
+
+
+def test_an_unknown_option_is_refused_with_the_nearest_name(qwen_folder):
+    with pytest.raises(InvalidConfigError, match=r"'vae_use_tilling'; did you mean 'vae_use_tiling'\?"):
+        Omni(str(qwen_folder), vae_use_tilling=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("dtype", "int8"),
+        ("dtype", torch.int8),
+        ("device", "tpu"),
+        ("device", "cuda:99"),
+        ("load_format", "gguf"),
+        ("attention_backend", "SAGE"),
+        ("vae_use_tiling", 1),
+        ("max_batch_size", 0),
+        ("max_num_seqs", "many"),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_refused_by_name(qwen_folder, option, value):
+    with pytest.raises(InvalidConfigError, match=option) as caught:
+        Omni(str(qwen_folder), **{option: value})
+    assert caught.value.option == option
+
+
+@pytest.mark.parametrize("backend", ["FLASH_ATTN", "CUDNN_ATTN"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="these backends run on a GPU")
+def test_an_attention_backend_that_cannot_run_is_an_error_and_no_fallback(qwen_folder, monkeypatch, backend):
+    with pytest.raises(AttentionBackendError, match=rf"{backend} cannot run here.*Usable: TORCH_SDPA"):
+        Omni(str(qwen_folder), attention_backend=backend)
+    monkeypatch.setenv("DIFFUSION_ATTENTION_BACKEND", backend)
+    with pytest.raises(AttentionBackendError, match=backend):
+        Omni(str(qwen_folder))
+
+
+def test_the_option_wins_over_the_environment(qwen_folder, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_ATTENTION_BACKEND", "FLASH_ATTN")
+    assert configure(str(qwen_folder), {"attention_backend": "TORCH_SDPA"}).attention_backend == "TORCH_SDPA"
+
+
+def test_a_configuration_never_changes(qwen_folder):
+    config = configure(str(qwen_folder), {})
+    with pytest.raises(AttributeError):
+        config.dtype = "float16"
+    assert isinstance(config, OmniDiffusionConfig)
+    assert set(engine_options()) >= {"dtype", "vae_use_tiling", "tensor_parallel_size", "cache_backend"}
+
+
+def test_a_folder_that_is_missing_or_a_file_is_refused(tmp_path):
+    with pytest.raises(ModelNotFoundError, match="no such folder"):
+        Omni(str(tmp_path / "nowhere"))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"x")
+    with pytest.raises(InvalidModelFolderError, match="is a file"):
+        Omni(str(file))
+    with pytest.raises(InvalidModelFolderError, match=r"model_index\.json is missing"):
+        Omni(str(tmp_path))
+    with pytest.raises(InvalidModelFolderError, match="must be the path"):
+        Omni(3)
+
+
+def test_a_broken_or_foreign_model_index_is_refused(broken):
+    index = broken / "model_index.json"
+    index.write_text("{")
+    with pytest.raises(InvalidModelFolderError, match="not valid JSON"):
+        Omni(str(broken))
+    index.write_text("{}")
+    with pytest.raises(InvalidModelFolderError, match="_class_name"):
+        Omni(str(broken))
+    index.write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    with pytest.raises(UnsupportedPipelineError, match=r"StableDiffusionPipeline.*registered: .*QwenImagePipeline"):
+        Omni(str(broken))
+
+
+def test_a_hub_id_without_a_network_says_so(monkeypatch):
+    with pytest.raises(HubUnreachableError, match="cannot be reached"):
+        Omni("some-org/some-model")
+    with pytest.raises(ModelNotFoundError, match="check the spelling"):
+        Omni("not a model id!")
+
+
+def test_a_revision_goes_with_a_hub_id_only(qwen_folder):
+    with pytest.raises(InvalidModelFolderError, match="revision='main' goes with a hub id"):
+        Omni(str(qwen_folder), revision="main")
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
+def test_weights_that_are_cut_off_or_missing_are_refused(broken, component):
+    (file,) = (broken / component).glob("*.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(WeightsError, match=component):
+        Omni(str(broken))
+    file.unlink()
+    with pytest.raises(WeightsError, match=component):
+        Omni(str(broken))
+
+
+def test_a_shard_that_the_index_names_must_be_there(broken):
+    (file,) = (broken / "transformer").glob("*.safetensors")
+    index = {"weight_map": {"a": file.name, "b": "second.safetensors"}}
+    (broken / "transformer" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match=r"lacks second\.safetensors"):
+        Omni(str(broken))
+
+
+@pytest.mark.parametrize("component", ["tokenizer", "scheduler"])
+def test_a_component_that_is_missing_is_named(broken, component):
+    shutil.rmtree(broken / component)
+    with pytest.raises(InvalidModelFolderError, match=component):
+        Omni(str(broken))
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(qwen_folder, monkeypatch):
+    monkeypatch.setattr("vllm_omni.platforms.cpu.CpuPlatform.free_memory", lambda self: 1000)
+    with pytest.raises(InsufficientMemoryError, match="GiB in float32"):
+        Omni(str(qwen_folder))
+
+
+def test_sampling_defaults_of_a_checkpoint_must_be_sound(broken):
+    (broken / "sampling_defaults.json").write_text(json.dumps({"steps": 3}))
+    with pytest.raises(InvalidModelFolderError, match=r"sampling_defaults\.json.*'steps'"):
+        Omni(str(broken))
+
+
+def test_hub_errors_are_told_apart(monkeypatch):
+    def offline(*_args, **_kwargs):
+        raise ConnectionError("name resolution failed")
+
+    monkeypatch.setattr(utils, "snapshot_download", offline)
+    with pytest.raises(HubUnreachableError, match="name resolution failed"):
+        utils.resolve_model_folder("org/name", None)
