@@ -101,7 +101,7 @@ class OmniDiffusionConfig:
         "attention backend by name; absent: DIFFUSION_ATTENTION_BACKEND, else the fastest that the inputs allow",
         choices=ATTENTION_BACKENDS,
     )
-    enforce_eager: bool = _option(True, "run the transformer eagerly; False, for torch.compile, is not available yet")
+    enforce_eager: bool = _planned(True, "torch.compile")
     max_batch_size: int = _option(16, "most pictures that share one forward of the transformer")
     max_num_seqs: int = _option(64, "most requests that are in progress at once")
     quantization: str | None = _planned(None, "quantization")
@@ -114,8 +114,6 @@ class OmniDiffusionConfig:
         for part in (self, self.parallel_config, self.cache, self.memory):
             for option in _plain_fields(type(part)):
                 _check_option(option, getattr(part, option.name))
-        if not self.enforce_eager:
-            raise FeatureNotAvailableError("enforce_eager=False: torch.compile is not available yet; leave it out")
 
     @classmethod
     def from_options(cls, *, model: str, model_class_name: str, **options: Any) -> OmniDiffusionConfig:
@@ -162,14 +160,15 @@ def read_json(path: Path) -> Any:
         raise InvalidModelFolderError(f"{path} is not valid JSON: {error}") from error
 
 
-def engine_options() -> dict[str, dataclasses.Field[Any]]:
-    """All flat options of the engine by name, in the order of declaration."""
-    options: dict[str, dataclasses.Field[Any]] = {}
+def engine_options() -> dict[str, tuple[type, dataclasses.Field[Any]]]:
+    """All flat options of the engine by name: the class that declares each, and its field."""
+    options: dict[str, tuple[type, dataclasses.Field[Any]]] = {}
     for config_field in dataclasses.fields(OmniDiffusionConfig):
-        if config_field.name in _NESTED:
-            options |= {f.name: f for f in dataclasses.fields(_NESTED[config_field.name])}
+        part = _NESTED.get(config_field.name)
+        if part is not None:
+            options |= {f.name: (part, f) for f in dataclasses.fields(part)}
         elif config_field.name not in ("model", "model_class_name"):
-            options[config_field.name] = config_field
+            options[config_field.name] = (OmniDiffusionConfig, config_field)
     return options
 
 

@@ -52,7 +52,7 @@ class OmniDiffusionSamplingParams:
 
     height: int | None = _option("height of the output in pixels")
     width: int | None = _option("width of the output in pixels")
-    num_inference_steps: int | None = _option("number of denoising steps")
+    num_inference_steps: int | None = _option("number of denoising steps", aliases=("--steps",))
     guidance_scale: float | None = _option(
         "guidance scale that a guidance-distilled model takes as an input; of a model without that input, an error"
     )
@@ -60,7 +60,7 @@ class OmniDiffusionSamplingParams:
         "scale of classifier-free guidance, which needs a negative prompt; 1 or less switches it off"
     )
     seed: int | None = _option("seed of the initial noise; output i of a request uses seed + i; drawn if absent")
-    num_outputs_per_prompt: int | None = _option("number of outputs per prompt")
+    num_outputs_per_prompt: int | None = _option("number of outputs per prompt", aliases=("--n", "-n"))
     sigmas: Sequence[float] | None = _option(
         "noise levels in (0, 1], decreasing, one per step, before the model's shift", cli=False
     )

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from vllm_omni.entrypoints.cli.main import main
+from vllm_omni.version import __version__
+
+
+@pytest.fixture
+def generate(qwen_folder, tmp_path, monkeypatch, capsys):
+    """Run ``vllm-omni generate`` on the tiny checkpoint in a folder of its own: (status, standard output, error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        command = ["generate", "a cat", "--model", str(qwen_folder), "--size", "48x32", "--steps", "2", *arguments]
+        status = main(command)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_the_picture_is_written_where_the_last_lines_say(generate, tmp_path):
+    status, out, err = generate("--output", "deep/er/cat.webp", "--seed", "3")
+    assert (status, err) == (0, "")
+    path, summary = out.splitlines()
+    assert path == "deep/er/cat.webp"
+    assert summary.startswith("48 x 32, 2 steps, seed 3: ")
+    with Image.open(tmp_path / path) as picture:
+        assert (picture.size, picture.format) == ((48, 32), "WEBP")
+
+
+def test_without_a_name_the_seed_names_the_file_and_several_are_numbered(generate, tmp_path):
+    assert generate("--seed", "5")[1].splitlines()[0] == "vllm-omni-5.png"
+    _, out, _ = generate("--seed", "5", "--n", "2", "--negative-prompt", "blurry", "--true-cfg-scale", "2")
+    assert out.splitlines()[:2] == ["vllm-omni-5-0.png", "vllm-omni-5-1.png"]
+    assert (tmp_path / "vllm-omni-5-1.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--output", "cat.gif"], 2, "must end in .png"),
+        (["--height", "64"], 2, "--size and --height exclude each other"),
+        (["--num-frames", "5"], 2, "num_frames=5 is not a parameter of this model"),
+        (["--tensor-parallel-size", "2"], 1, "tensor parallelism is not available yet"),
+        (["--seed", "-1"], 2, "seed=-1 must lie between 0 and"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(generate, arguments, status, message):
+    result = generate(*arguments)
+    assert (result[0], result[1]) == (status, "")
+    assert message in result[2]
+    assert result[2].count("\n") == 1
+
+
+def test_a_model_that_is_not_there_is_one_line(capsys):
+    assert main(["generate", "a cat", "--model", "/nowhere/at/all"]) == 1
+    assert "no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["12by3", "x", "12x", "-4"])
+def test_a_size_that_cannot_be_read_is_refused(size, capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "a cat", "--size", size])
+    assert "--size" in capsys.readouterr().err
+
+
+def test_help_explains_and_hides_what_does_not_exist_yet(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    for text in ("--steps", "number of denoising steps", "--vae-use-tiling", "--dtype", "WxH"):
+        assert text in shown
+    assert "--tensor-parallel-size" not in shown
+
+
+def test_the_version_needs_no_torch():
+    code = """
+import sys
+from vllm_omni.entrypoints.cli.main import main
+try:
+    main(["--version"])
+except SystemExit:
+    assert "torch" not in sys.modules
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown == f"vllm-omni {__version__}\n"

@@ -1,0 +1,57 @@
+"""Command-line options, derived from the dataclasses that declare them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+
+def add_field_arguments(parser: Any, owners: Iterable[tuple[type, dataclasses.Field[Any]]]) -> None:
+    """One option for each field: its name with dashes, its ``aliases``, its ``choices`` and its ``help``.
+
+    An option that is not given stays out of the result. Fields with ``cli=False`` have none; those of a feature that
+    does not exist yet have one without help, so that asking for it gets the engine's answer.
+    """
+    for owner, field in owners:
+        metadata = field.metadata
+        if metadata.get("cli") is False:
+            continue
+        flags = [f"--{field.name.replace('_', '-')}"] + list(metadata.get("aliases", ()))
+        kind = _value_type(typing.get_type_hints(owner)[field.name])
+        arguments: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
+        arguments["help"] = argparse.SUPPRESS if "planned" in metadata else _help(field)
+        if kind is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        else:
+            arguments |= {"type": kind, "choices": metadata.get("choices"), "metavar": _metavar(field, kind)}
+        parser.add_argument(*flags, **arguments)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``"WIDTHxHEIGHT"`` or one number for a square, in pixels -> ``(width, height)``."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} must read WIDTHxHEIGHT in pixels, as in 1024x768")
+    width = int(match[1])
+    return width, int(match[2]) if match[2] else width
+
+
+def _value_type(hint: Any) -> Any:
+    """The type of an option's value: ``int | None -> int``, a literal -> ``str``."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    return str if typing.get_origin(hint) is typing.Literal else hint
+
+
+def _help(field: dataclasses.Field[Any]) -> str:
+    text = str(field.metadata["help"]).replace("%", "%%")
+    return text if field.default is None else f"{text} (default: {field.default})"
+
+
+def _metavar(field: dataclasses.Field[Any], kind: Any) -> str | None:
+    return None if field.metadata.get("choices") else {int: "N", float: "X"}.get(kind, field.name.upper())
