@@ -31,6 +31,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("diffusion/worker",),
     ("diffusion/engine",),
     ("entrypoints",),
+    ("__main__",),
 ]
 
 

@@ -21,7 +21,7 @@ def add_field_arguments(parser: Any, owners: Iterable[tuple[type, dataclasses.Fi
         metadata = field.metadata
         if metadata.get("cli") is False:
             continue
-        flags = [f"--{field.name.replace('_', '-')}"] + list(metadata.get("aliases", ()))
+        flags = [f"--{field.name.replace('_', '-')}", *metadata.get("aliases", ())]
         kind = _value_type(typing.get_type_hints(owner)[field.name])
         arguments: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
         arguments["help"] = argparse.SUPPRESS if "planned" in metadata else _help(field)

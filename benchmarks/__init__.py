@@ -1,0 +1,1 @@
+"""Scripts behind every speed and quality claim; each prints a table and writes JSON."""
