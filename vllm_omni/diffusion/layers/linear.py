@@ -178,6 +178,28 @@ class RowParallelLinear(LinearBase):
         return super().forward(x)
 
 
+class MergedRowParallelLinear(RowParallelLinear):
+    """A row-parallel layer over the outputs of several column-parallel ones, one after the other.
+
+    Each of them is split over the ranks for itself, and so are the columns of the weight that belong to it.
+    """
+
+    def __init__(
+        self, input_sizes: Sequence[int], output_size: int, bias: bool = True, *, tp: TensorParallelRank | None = None
+    ) -> None:
+        self.input_sizes = tuple(input_sizes)  # of all ranks together
+        super().__init__(sum(input_sizes), output_size, bias, tp=tp)
+
+    def load_parameter(self, parameter: nn.Parameter, loaded: torch.Tensor, part: str | None = None) -> None:
+        if parameter.dim() == 1:
+            copy_weight(parameter, loaded)
+            return
+        if loaded.shape[1] != sum(self.input_sizes):
+            raise ValueError(f"shape {list(loaded.shape)} does not hold inputs of {self.input_sizes}")
+        blocks = loaded.split(self.input_sizes, dim=1)
+        copy_weight(parameter, torch.cat([self.tp.shard(block, 1, "input_size") for block in blocks], dim=1))
+
+
 def copy_weight(target: torch.Tensor, loaded: torch.Tensor) -> None:
     """Copy with conversion of dtype and device. Raises ``ValueError`` if the shapes differ."""
     if target.shape != loaded.shape:
