@@ -14,15 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
-from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.layers.adalayernorm import AdaLayerNorm, AdaLayerNormContinuous
 from vllm_omni.diffusion.layers.embeddings import TimestepEmbedding, sinusoidal_embedding
 from vllm_omni.diffusion.layers.feedforward import FeedForward
-from vllm_omni.diffusion.layers.linear import QKVParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm_omni.diffusion.layers.joint_attention import JointAttention
+from vllm_omni.diffusion.layers.linear import ReplicatedLinear
 from vllm_omni.diffusion.layers.norm import RMSNorm, gated_residual
-from vllm_omni.diffusion.layers.rope import QKNormRope, rope_angles
+from vllm_omni.diffusion.layers.rope import rope_angles
 from vllm_omni.errors import InvalidModelFolderError
 
 _TIMESTEP_CHANNELS = 256
@@ -80,50 +79,6 @@ def _sinusoids(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return sinusoidal_embedding(values, _TIMESTEP_CHANNELS, scale=1000.0).to(dtype)
 
 
-class QwenJointAttention(nn.Module):
-    """Attention of text and image tokens over each other."""
-
-    def __init__(self, dim: int, num_heads: int, head_dim: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.to_qkv = QKVParallelLinear(dim, head_dim, num_heads)
-        self.add_qkv_proj = QKVParallelLinear(
-            dim, head_dim, num_heads, checkpoint_names=("add_q_proj", "add_k_proj", "add_v_proj")
-        )
-        self.norm_q = RMSNorm(head_dim, eps)
-        self.norm_k = RMSNorm(head_dim, eps)
-        self.norm_added_q = RMSNorm(head_dim, eps)
-        self.norm_added_k = RMSNorm(head_dim, eps)
-        self.qk_norm_rope = QKNormRope()
-        self.attn = Attention(self.to_qkv.num_heads, head_dim)
-        self.to_out = nn.ModuleList([RowParallelLinear(dim, dim)])
-        self.to_add_out = RowParallelLinear(dim, dim)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        attn_mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``image [B, I, E], text [B, T, E], rope [S, D / 2] x 2, mask [B, S] -> image, text`` of the same shapes."""
-        num_text = encoder_hidden_states.shape[1]
-        cos, sin = rope
-        query, key, value = self.to_qkv.heads(hidden_states)
-        text_query, text_key, text_value = self.add_qkv_proj.heads(encoder_hidden_states)
-        query, key = self.qk_norm_rope(query, key, self.norm_q, self.norm_k, cos[num_text:], sin[num_text:])
-        text_query, text_key = self.qk_norm_rope(
-            text_query, text_key, self.norm_added_q, self.norm_added_k, cos[:num_text], sin[:num_text]
-        )
-        output = self.attn(
-            torch.cat([text_query, query], dim=1),
-            torch.cat([text_key, key], dim=1),
-            torch.cat([text_value, value], dim=1),
-            attn_metadata=AttentionMetadata(attn_mask=attn_mask),
-        ).flatten(2)
-        text_output, image_output = output[:, :num_text], output[:, num_text:]
-        return self.to_out[0](image_output), self.to_add_out(text_output)
-
-
 class QwenImageTransformerBlock(nn.Module):
     """One block: modulated joint attention, then a modulated feed-forward network for each stream."""
 
@@ -133,7 +88,7 @@ class QwenImageTransformerBlock(nn.Module):
         self.img_mod = nn.ModuleList([nn.Identity(), ReplicatedLinear(dim, 6 * dim)])
         self.txt_mod = nn.ModuleList([nn.Identity(), ReplicatedLinear(dim, 6 * dim)])
         self.norm = AdaLayerNorm(dim, eps)
-        self.attn = QwenJointAttention(dim, num_heads, head_dim, eps)
+        self.attn = JointAttention(dim, num_heads, head_dim, eps)
         self.img_mlp = FeedForward(dim)
         self.txt_mlp = FeedForward(dim)
 
