@@ -24,12 +24,17 @@ MAX_OUTPUTS = 256
 
 
 class OmniPrompt(TypedDict, total=False):
-    """One prompt as a dict. Embeddings are ``[L, D]`` or ``[1, L, D]`` without padding."""
+    """One prompt as a dict.
+
+    Embeddings are ``[L, D]`` or ``[1, L, D]`` without padding, pooled embeddings ``[D]`` or ``[1, D]``.
+    """
 
     prompt: str
     negative_prompt: str
     prompt_embeds: torch.Tensor
     negative_prompt_embeds: torch.Tensor
+    pooled_prompt_embeds: torch.Tensor
+    negative_pooled_prompt_embeds: torch.Tensor
     multi_modal_data: dict[str, Any]
 
 
@@ -140,6 +145,8 @@ def normalize_prompt(prompt: Any) -> OmniPrompt:
         _check_type(key, present.get(key), str)
     for key in ("prompt_embeds", "negative_prompt_embeds"):
         _check_embeds(key, present.get(key))
+    for key in ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"):
+        _check_pooled_embeds(key, present.get(key))
     _check_type("multi_modal_data", present.get("multi_modal_data"), dict)
     for text, embeds in (("prompt", "prompt_embeds"), ("negative_prompt", "negative_prompt_embeds")):
         if text in present and embeds in present:
@@ -200,5 +207,17 @@ def _check_embeds(name: str, value: Any) -> None:
     if value.shape[-2] == 0 or not value.is_floating_point():
         raise InvalidRequestError(
             f"{name} has shape {list(value.shape)} and dtype {value.dtype}; it must hold at least one token of floats",
+            param=name,
+        )
+
+
+def _check_pooled_embeds(name: str, value: Any) -> None:
+    _check_type(name, value, torch.Tensor)
+    if value is None:
+        return
+    if value.dim() not in (1, 2) or (value.dim() == 2 and value.shape[0] != 1) or not value.is_floating_point():
+        raise InvalidRequestError(
+            f"{name} has shape {list(value.shape)} and dtype {value.dtype}; it must be floats of shape [D] or [1, D]:"
+            " one vector for the whole prompt",
             param=name,
         )
