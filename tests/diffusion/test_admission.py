@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from vllm_omni import OmniDiffusionSamplingParams as Params
@@ -39,6 +41,17 @@ def test_without_a_negative_prompt_guidance_is_off_and_asking_for_it_is_an_error
     with pytest.raises(InvalidRequestError, match="needs a negative prompt") as caught:
         admitted(true_cfg_scale=3.0)
     assert caught.value.param == "negative_prompt"
+
+
+def test_a_negative_prompt_that_would_change_nothing_is_an_error():
+    off = dataclasses.replace(SPEC, defaults={**SPEC.defaults, "true_cfg_scale": 1.0})
+    prompt = {"prompt": "a cat", "negative_prompt": "blurry"}
+    with pytest.raises(InvalidRequestError, match="has no effect at true_cfg_scale=1, this model's default") as caught:
+        admitted(prompt, spec=off)
+    assert caught.value.param == "negative_prompt"
+    assert admitted(prompt, spec=off, true_cfg_scale=1.0).sampling_params.true_cfg_scale == 1.0
+    assert admitted(prompt, spec=off, defaults={"true_cfg_scale": 3.0}).sampling_params.true_cfg_scale == 3.0
+    assert admitted(spec=off, defaults={"negative_prompt": " "}).sampling_params.true_cfg_scale == 1.0
 
 
 def test_the_callers_objects_stay_as_they_are():

@@ -117,12 +117,22 @@ def _refuse_unsupported(request: OmniDiffusionRequest, spec: RequestSpec) -> Non
 def _resolve_true_cfg_scale(
     request: OmniDiffusionRequest, spec: RequestSpec, checkpoint_defaults: Mapping[str, Any]
 ) -> None:
-    """Classifier-free guidance needs a negative prompt: without one it is off, and asking for it is an error."""
+    """Classifier-free guidance needs a negative prompt: without one it is off, and asking for it is an error.
+
+    So is a negative prompt without a scale, for a model whose guidance is off unless asked for.
+    """
     if "true_cfg_scale" not in spec.defaults:
         return
     params = request.sampling_params
+    default_scale = checkpoint_defaults.get("true_cfg_scale", spec.defaults["true_cfg_scale"])
     has_negative = "negative_prompt" in request.prompt or "negative_prompt_embeds" in request.prompt
     if has_negative:
+        if params.true_cfg_scale is None and default_scale <= 1 and "negative_prompt" not in checkpoint_defaults:
+            raise InvalidRequestError(
+                f"a negative prompt has no effect at true_cfg_scale={default_scale:g}, this model's default; set"
+                " true_cfg_scale above 1, or leave the negative prompt out",
+                param="negative_prompt",
+            )
         return
     if params.true_cfg_scale is not None and params.true_cfg_scale > 1:
         raise InvalidRequestError(
