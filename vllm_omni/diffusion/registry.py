@@ -27,14 +27,20 @@ _ENTRY_POINT_GROUP = "vllm_omni.diffusion_models"
 # pipeline class as model_index.json names it -> (folder, file, class)
 _DIFFUSION_MODELS: dict[str, tuple[str, str, str]] = {
     "QwenImagePipeline": ("qwen_image", "pipeline_qwen_image", "QwenImagePipeline"),
+    "FluxPipeline": ("flux", "pipeline_flux", "FluxPipeline"),
+    "FluxKontextPipeline": ("flux", "pipeline_flux_kontext", "FluxKontextPipeline"),
 }
 
 # pipeline class -> name of a function beside it: od_config -> (request -> request)
-_DIFFUSION_PRE_PROCESS_FUNCS: dict[str, str] = {}
+_DIFFUSION_PRE_PROCESS_FUNCS: dict[str, str] = {
+    "FluxKontextPipeline": "get_flux_kontext_pre_process_func",
+}
 
 # pipeline class -> name of a function beside it: od_config -> (output -> images)
 _DIFFUSION_POST_PROCESS_FUNCS: dict[str, str] = {
     "QwenImagePipeline": "get_qwen_image_post_process_func",
+    "FluxPipeline": "get_flux_post_process_func",
+    "FluxKontextPipeline": "get_flux_kontext_post_process_func",
 }
 
 
