@@ -1,0 +1,47 @@
+"""Causal 3D convolutions of video autoencoders on a single picture.
+
+Shapes: B pictures, C channels, F frames, H and W in latent pixels or pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def use_single_frame_convolutions(autoencoder: nn.Module) -> None:
+    """Let causal 3D convolutions compute one frame as 2D convolutions, with a third of the arithmetic.
+
+    A video autoencoder pads the past of the first frame with zeros, so all but the last slice of a kernel along time
+    multiply zeros there. Longer inputs, and inputs with a cached past, run as before.
+    """
+    for module in autoencoder.modules():
+        if _is_causal(module):
+            module.forward = _SingleFrameForward(module)  # type: ignore[method-assign]
+
+
+def _is_causal(module: nn.Module) -> bool:
+    """Whether a convolution pads the past along time alone: diffusers keeps ``(W, W, H, H, past, 0)`` for F.pad."""
+    padding = getattr(module, "_padding", None)
+    return isinstance(module, nn.Conv3d) and isinstance(padding, tuple) and len(padding) == 6 and padding[5] == 0
+
+
+class _SingleFrameForward:
+    """The ``forward`` of one convolution."""
+
+    def __init__(self, conv: Any) -> None:
+        self._original = conv.forward
+        self._conv = conv
+        self._past = conv._padding[4]
+        self._padding = (conv._padding[2], conv._padding[0])
+        self._weight = conv.weight.detach()[:, :, -1].contiguous()
+
+    def __call__(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
+        """``[B, C, F, H, W] -> [B, C', F', H', W']``."""
+        if x.shape[2] != 1 or cache_x is not None or self._past != self._conv.kernel_size[0] - 1:
+            return self._original(x) if cache_x is None else self._original(x, cache_x)
+        _, *stride = self._conv.stride
+        return F.conv2d(x[:, :, 0], self._weight, self._conv.bias, stride, self._padding).unsqueeze(2)
