@@ -3,7 +3,7 @@
     python -m benchmarks.full_size --json benchmarks/results/qwen_image_h200.json
 
 Needs a GPU with about 80 GB. Each engine is measured in a process of its own, so that neither finds the other's memory
-or compiled code. 1024 x 1024 pixels, batch 1, bfloat16, eager; one branch, so that a step is one forward. diffusers runs
+or compiled code. 1024 x 1024 pixels, batch 1, bfloat16, eager; one branch: a step is one forward. diffusers runs
 on its native attention, on cuDNN's, and on FlashAttention 3 where that is installed; its best is what counts.
 """
 
