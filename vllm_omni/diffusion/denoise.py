@@ -28,17 +28,34 @@ Conditions = Mapping[str, Any]
 _NO_PADDING_FROM = 131_072
 
 
+# What a sampler remembers of a request: tensors of the shape of its latents, by name.
+History = Mapping[str, torch.Tensor]
+
+
 class Sampler(Protocol):
-    """Turns a prediction into the latents of the next step. It has no state: the past is in ``history``."""
+    """Turns a prediction into the latents of the next step.
+
+    It is a value without state: what it knows of a request's noise levels is a table of coefficients, what it
+    remembers is a history, and requests of equal samplers take a step together, each at a step of its own.
+    """
+
+    def coefficients(self, sigmas: torch.Tensor) -> torch.Tensor:
+        """``sigmas [T + 1] -> [T, K]``: the numbers of each step, made once per request."""
+        ...
+
+    def initial_history(self, latents: torch.Tensor) -> History:
+        """The history before the first step, from ``latents [N, ...]``. Every step returns the same names."""
+        ...
 
     def step(
-        self,
-        latents: torch.Tensor,
-        prediction: torch.Tensor,
-        sigma: torch.Tensor,
-        next_sigma: torch.Tensor,
-        history: Sequence[dict[str, Any]],
-    ) -> torch.Tensor: ...
+        self, latents: torch.Tensor, prediction: torch.Tensor, coefficients: torch.Tensor, history: History
+    ) -> tuple[torch.Tensor, History]:
+        """``latents [B, ...], prediction [B, ...], coefficients [B, K, 1, ...] -> latents [B, ...]``, new history.
+
+        ``coefficients[:, k]`` broadcasts against the latents. ``history`` must be left as it is, so that a step that
+        failed can be tried again.
+        """
+        ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,8 +72,13 @@ class DenoiseState:
     height: int  # pixels
     width: int  # pixels
     step_index: int = 0
-    history: dict[str, Any] = field(default_factory=dict)  # the sampler's
+    coefficients: torch.Tensor = field(init=False)  # [T, K], the sampler's
+    history: History = field(init=False)  # the sampler's, [N, ...] each
     cache: dict[str, Any] = field(default_factory=dict)  # a step cache's
+
+    def __post_init__(self) -> None:
+        self.coefficients = self.sampler.coefficients(self.sigmas)
+        self.history = self.sampler.initial_history(self.latents)
 
     @property
     def num_steps(self) -> int:
@@ -109,13 +131,14 @@ def denoise_step(states: Sequence[DenoiseState], pipeline: SteppedPipeline, max_
     The states change only after all predictions succeeded, so a step that failed can be tried again.
     """
     predictions = _predict(states, pipeline, max_batch_size)
-    advanced: list[tuple[DenoiseState, torch.Tensor]] = []
-    for group in _alike(states, _step_key):
-        latents = _step(group, predictions)
-        advanced += zip(group, latents.split([state.num_outputs for state in group]), strict=True)
-    for state, latents in advanced:
-        state.latents = latents
-        state.step_index += 1
+    advanced = [(group, *_step(group, predictions)) for group in _alike(states, _step_key)]
+    for group, latents, history in advanced:
+        counts = [state.num_outputs for state in group]
+        remembered = {name: values.split(counts) for name, values in history.items()}
+        for index, (state, rows) in enumerate(zip(group, latents.split(counts), strict=True)):
+            state.latents = rows
+            state.history = {name: values[index] for name, values in remembered.items()}
+            state.step_index += 1
 
 
 def denoise(pipeline: SteppedPipeline, request: OmniDiffusionRequest) -> DiffusionOutput:
@@ -151,7 +174,9 @@ def _predict(
     return {key: _concatenate(parts) for key, parts in pieces.items()}
 
 
-def _step(states: Sequence[DenoiseState], predictions: Mapping[tuple[int, int], torch.Tensor]) -> torch.Tensor:
+def _step(
+    states: Sequence[DenoiseState], predictions: Mapping[tuple[int, int], torch.Tensor]
+) -> tuple[torch.Tensor, History]:
     """Combine the branches and take the sampler's step, for all outputs of ``states`` at once: ``[sum N, ...]``."""
     first = states[0]
     rows = [_Rows(state, 0, 0, state.num_outputs) for state in states]
@@ -166,15 +191,14 @@ def _step(states: Sequence[DenoiseState], predictions: Mapping[tuple[int, int], 
     else:
         scales = [state.guidance.scale for state in states if state.guidance is not None]
         prediction = first.guidance.combine(branches, _per_row(rows, scales).view(column))
-    sigma = _per_row(rows, [state.sigmas for state in states]).view(column)
-    next_sigma = _per_row(rows, [state.sigmas[1:] for state in states]).view(column)
-    history = [state.history for state in states for _ in range(state.num_outputs)]
-    return first.sampler.step(latents, prediction, sigma, next_sigma, history)
+    coefficients = _per_row(rows, [state.coefficients for state in states])
+    history = {name: _concatenate([state.history[name] for state in states]) for name in first.history}
+    return first.sampler.step(latents, prediction, coefficients.view(*coefficients.shape, *column[1:]), history)
 
 
 def _step_key(state: DenoiseState) -> tuple[Any, ...]:
     combine: CombineRule | None = None if state.guidance is None else state.guidance.combine
-    return (state.latents.shape[1:], len(state.branches), combine, type(state.sampler))
+    return (state.latents.shape[1:], len(state.branches), combine, state.sampler)
 
 
 def _forward_key(item: _Rows, sequence_conditions: Mapping[str, str]) -> tuple[Any, ...]:
@@ -252,11 +276,11 @@ def _pad(parts: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor | 
 
 
 def _per_row(batch: Sequence[_Rows], tables: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The entry of each state's table at its current step, one per row: ``[B]``."""
+    """The entry of each state's table ``[T, ...]`` at its current step, one per row: ``[B, ...]``."""
     entries = []
     for item, table in zip(batch, tables, strict=True):
         index = item.state.step_index
-        entries.append(table[index : index + 1].expand(item.stop - item.start))
+        entries.append(table[index : index + 1].expand(item.stop - item.start, *table.shape[1:]))
     return _concatenate(entries)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -81,19 +82,23 @@ def request_sigmas(request: OmniDiffusionRequest, mu: float | None, config: Mapp
     return torch.cat([torch.from_numpy(np.ascontiguousarray(levels)), torch.zeros(1)])
 
 
+@dataclass(frozen=True)
 class FlowMatchEuler:
     """One Euler step along the predicted velocity. It keeps no history."""
+
+    def coefficients(self, sigmas: torch.Tensor) -> torch.Tensor:
+        """``sigmas [T + 1] -> [T, 1]``: the width of each step."""
+        return (sigmas[1:] - sigmas[:-1]).unsqueeze(1)
+
+    def initial_history(self, latents: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        return {}
 
     def step(
         self,
         latents: torch.Tensor,
         prediction: torch.Tensor,
-        sigma: torch.Tensor,
-        next_sigma: torch.Tensor,
-        history: Sequence[dict[str, Any]],
-    ) -> torch.Tensor:
-        """``latents [B, ...], prediction [B, ...], sigma and next_sigma [B, 1, ...] -> latents [B, ...]`` in float32.
-
-        ``history`` holds one dict per row, which a multistep sampler keeps its past predictions in.
-        """
-        return latents + (next_sigma - sigma) * prediction
+        coefficients: torch.Tensor,
+        history: Mapping[str, torch.Tensor],
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """``latents [B, ...], prediction [B, ...], coefficients [B, 1, 1, ...] -> latents [B, ...]`` in float32."""
+        return latents + coefficients[:, 0] * prediction, history
