@@ -67,6 +67,8 @@ class DenoiseState:
     sigmas: torch.Tensor  # [T + 1], float32, in [0, 1], the last one 0
     timesteps: torch.Tensor  # [T], float32, in [0, 1000]
     branches: tuple[Conditions, ...]  # the positive one first
+    # Conditions that change with the step, one entry per step, added to those of each branch; empty if none do.
+    step_conditions: tuple[Conditions, ...] = ()
     sampler: Sampler
     guidance: Guidance | None  # None if there is one branch
     height: int  # pixels
@@ -77,6 +79,7 @@ class DenoiseState:
     cache: dict[str, Any] = field(default_factory=dict)  # a step cache's
 
     def __post_init__(self) -> None:
+        assert len(self.step_conditions) in (0, self.num_steps), "step_conditions has one entry per step, or none"
         self.coefficients = self.sampler.coefficients(self.sigmas)
         self.history = self.sampler.initial_history(self.latents)
 
@@ -122,7 +125,10 @@ class _Rows:
 
     @property
     def conditions(self) -> Conditions:
-        return self.state.branches[self.branch]
+        branch = self.state.branches[self.branch]
+        if not self.state.step_conditions:
+            return branch
+        return {**branch, **self.state.step_conditions[self.state.step_index]}
 
 
 def denoise_step(states: Sequence[DenoiseState], pipeline: SteppedPipeline, max_batch_size: int = 16) -> None:
