@@ -48,6 +48,8 @@ class Receipt:
     height: int | None
     width: int | None
     guidance: str
+    num_frames: int | None = None  # of a video
+    fps: float | None = None  # at which a video is meant to be shown
     accelerations: tuple[str, ...] = ()
 
 

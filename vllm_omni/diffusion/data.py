@@ -208,6 +208,13 @@ class DiffusionOutput:
     output: Any
 
 
+@dataclass(frozen=True)
+class SameAs:
+    """A default that is the value of another parameter, which stands before it in ``RequestSpec.defaults``."""
+
+    parameter: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class RequestSpec:
     """What requests a pipeline takes, known before its weights are loaded.
@@ -217,6 +224,7 @@ class RequestSpec:
     """
 
     defaults: Mapping[str, Any]
+    cfg_parameters: tuple[str, ...] = ("true_cfg_scale",)  # those that are scales of classifier-free guidance
     size_multiple: int = 1  # pixels; height and width must be multiples of it
     output_types: tuple[str, ...] = ("pil", "np", "pt", "latent")
     prompt_keys: frozenset[str] = frozenset({"prompt"})

@@ -59,7 +59,11 @@ class OmniDiffusionSamplingParams:
     width: int | None = _option("width of the output in pixels")
     num_inference_steps: int | None = _option("number of denoising steps", aliases=("--steps",))
     guidance_scale: float | None = _option(
-        "guidance scale that a guidance-distilled model takes as an input; of a model without that input, an error"
+        "guidance scale: an input of a guidance-distilled model, the scale of classifier-free guidance of one that uses"
+        " it under this name; of a model without either, an error"
+    )
+    guidance_scale_2: float | None = _option(
+        "guidance scale of the second expert of a model that changes experts between steps; the first one's if absent"
     )
     true_cfg_scale: float | None = _option(
         "scale of classifier-free guidance, which needs a negative prompt; 1 or less switches it off"
@@ -101,7 +105,7 @@ class OmniDiffusionSamplingParams:
         _check_int("seed", self.seed, 0, MAX_SEED, "")
         _check_int("max_sequence_length", self.max_sequence_length, 1, 1 << 20, "tokens")
         _check_int("num_frames", self.num_frames, 1, 1 << 16, "frames")
-        for name in ("guidance_scale", "true_cfg_scale"):
+        for name in ("guidance_scale", "guidance_scale_2", "true_cfg_scale"):
             _check_float(name, getattr(self, name), 0.0, 1000.0)
         _check_float("fps", self.fps, 0.01, 1000.0)
         _check_schedule("sigmas", self.sigmas, 1.0)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.diffusion.data import OmniDiffusionConfig, RequestSpec, read_json
+from vllm_omni.diffusion.data import OmniDiffusionConfig, RequestSpec, SameAs, read_json
 from vllm_omni.diffusion.request import OmniDiffusionRequest, new_request_id
 from vllm_omni.errors import InvalidModelFolderError, InvalidRequestError
 from vllm_omni.inputs.data import MAX_SEED, OmniDiffusionSamplingParams, normalize_prompt
@@ -24,6 +24,7 @@ _MODEL_PARAMETERS = (
     "width",
     "num_inference_steps",
     "guidance_scale",
+    "guidance_scale_2",
     "true_cfg_scale",
     "max_sequence_length",
     "num_frames",
@@ -81,6 +82,7 @@ def _resolve_model_parameters(
     _resolve_true_cfg_scale(request, spec, checkpoint_defaults)
     for name, default in spec.defaults.items():
         if getattr(params, name) is None:
+            default = getattr(params, default.parameter) if isinstance(default, SameAs) else default
             setattr(params, name, checkpoint_defaults.get(name, default))
     for name in ("height", "width"):
         _check_multiple(name, getattr(params, name), spec.size_multiple)

@@ -48,6 +48,7 @@ class Engine:
         model = resolve_diffusion_model(od_config.model_class_name)
         self._is_stepped = is_stepped(model.pipeline_class)
         self._spec = _request_spec(model, od_config)
+        self._cfg_parameters = ("true_cfg_scale",) if self._spec is None else self._spec.cfg_parameters
         self._checkpoint_defaults = read_sampling_defaults(od_config)
         self._pre_process = _built(model.get_pre_process_func, od_config)
         self._post_process = _PostProcess(_built(model.get_post_process_func, od_config))
@@ -180,7 +181,9 @@ class Engine:
             seeds=None if seeds is None else tuple(seeds),
             height=params.height,
             width=params.width,
-            guidance=_guidance_text(params),
+            guidance=_guidance_text(params, self._cfg_parameters),
+            num_frames=params.num_frames,
+            fps=params.fps,
             accelerations=tuple(name for name in ("vae_use_slicing", "vae_use_tiling") if getattr(config.memory, name)),
         )
 
@@ -222,10 +225,11 @@ def _built(make_function: Callable[..., Any] | None, od_config: OmniDiffusionCon
     return None if make_function is None else make_function(od_config)
 
 
-def _guidance_text(params: OmniDiffusionSamplingParams) -> str:
+def _guidance_text(params: OmniDiffusionSamplingParams, cfg_parameters: tuple[str, ...]) -> str:
     parts = []
-    if params.true_cfg_scale is not None and params.true_cfg_scale > 1:
-        parts.append(f"classifier-free, scale {params.true_cfg_scale:g}")
-    if params.guidance_scale is not None:
+    scales = [scale for scale in (getattr(params, name) for name in cfg_parameters) if scale is not None]
+    if any(scale > 1 for scale in scales):
+        parts.append("classifier-free, scale " + ", then ".join(f"{scale:g}" for scale in dict.fromkeys(scales)))
+    if params.guidance_scale is not None and "guidance_scale" not in cfg_parameters:
         parts.append(f"embedded, scale {params.guidance_scale:g}")
     return "; ".join(parts) or "none"
