@@ -1,6 +1,6 @@
 """From a pipeline's pixels to what the user asked for.
 
-Shapes: N outputs, C colour channels (RGB or RGBA), H and W in pixels.
+Shapes: N outputs, F frames, C colour channels (RGB or RGBA), H and W in pixels.
 """
 
 from __future__ import annotations
@@ -26,3 +26,16 @@ def images_from_pixels(pixels: torch.Tensor, output_type: str = "pil") -> Any:
         integers = (channels_last * 255).round().to(torch.uint8).cpu().numpy()
         return [Image.fromarray(picture) for picture in integers]
     raise ValueError(f"output_type={output_type!r} must be one of pil, np, pt")
+
+
+def videos_from_pixels(pixels: torch.Tensor, output_type: str = "pil") -> Any:
+    """``pixels [N, C, F, H, W] in [-1, 1]`` as lists of PIL frames, or as values in [0, 1].
+
+    ``"pil"``: a list of N lists of F pictures; ``"np"``: float32 ``[N, F, H, W, C]``; ``"pt"``: float32
+    ``[N, F, C, H, W]``.
+    """
+    num_outputs, num_frames = pixels.shape[0], pixels.shape[2]
+    frames = images_from_pixels(pixels.transpose(1, 2).flatten(0, 1), output_type)
+    if output_type == "pil":
+        return [frames[start : start + num_frames] for start in range(0, num_outputs * num_frames, num_frames)]
+    return frames.reshape(num_outputs, num_frames, *frames.shape[1:])
