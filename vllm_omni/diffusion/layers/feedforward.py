@@ -2,36 +2,58 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from vllm_omni.diffusion.layers.linear import ColumnParallelLinear, RowParallelLinear
 
+GeluKind = Literal["tanh", "none"]
+
 
 class GeluProjection(nn.Module):
-    """A linear layer and GELU with the tanh approximation: one place for a fused kernel."""
+    """A linear layer and GELU, with the tanh approximation or exact ("none"): one place for a fused kernel."""
 
-    def __init__(self, input_size: int, output_size: int) -> None:
+    def __init__(self, input_size: int, output_size: int, approximate: GeluKind = "tanh") -> None:
         super().__init__()
         self.proj = ColumnParallelLinear(input_size, output_size)
+        self.approximate = approximate
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., I] -> [..., O]``."""
-        return F.gelu(self.proj(x), approximate="tanh")
+        return F.gelu(self.proj(x), approximate=self.approximate)
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with GELU between them, named ``net.0.proj`` and ``net.2`` as diffusers checkpoints do."""
+    """Two linear layers with GELU between them, named ``net.0.proj`` and ``net.2`` as diffusers checkpoints do.
 
-    def __init__(self, hidden_size: int, expansion: int = 4) -> None:
+    The inner size is ``expansion`` times the hidden size, or ``inner_size``; the output's is the hidden size, or
+    ``output_size``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expansion: int = 4,
+        *,
+        inner_size: int | None = None,
+        output_size: int | None = None,
+        approximate: GeluKind = "tanh",
+    ) -> None:
         super().__init__()
-        inner_size = expansion * hidden_size
+        inner_size = expansion * hidden_size if inner_size is None else inner_size
+        output_size = hidden_size if output_size is None else output_size
         self.net = nn.ModuleList(
-            [GeluProjection(hidden_size, inner_size), nn.Identity(), RowParallelLinear(inner_size, hidden_size)]
+            [
+                GeluProjection(hidden_size, inner_size, approximate),
+                nn.Identity(),
+                RowParallelLinear(inner_size, output_size),
+            ]
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., D] -> [..., D]``."""
+        """``[..., D] -> [..., O]``."""
         output: torch.Tensor = self.net[2](self.net[0](x))
         return output
