@@ -49,6 +49,23 @@ def check_given_latents(request: OmniDiffusionRequest, sample_shape: Sequence[in
         raise InvalidRequestError("latents holds NaN or infinite values; all must be finite", param="latents")
 
 
+def check_num_frames(request: OmniDiffusionRequest, temporal_factor: int) -> None:
+    """Raises ``InvalidRequestError`` unless num_frames is one more than a multiple of ``temporal_factor``.
+
+    A causal video autoencoder keeps the first frame for itself and packs the others by ``temporal_factor``.
+    """
+    num_frames = request.sampling_params.num_frames
+    assert num_frames is not None, "a video model has a default of num_frames"
+    remainder = (num_frames - 1) % temporal_factor
+    if remainder:
+        below = num_frames - remainder
+        raise InvalidRequestError(
+            f"num_frames={num_frames} must be one more than a multiple of {temporal_factor}; the nearest are {below}"
+            f" and {below + temporal_factor}",
+            param="num_frames",
+        )
+
+
 def pack_latents(latents: torch.Tensor, patch_size: int) -> torch.Tensor:
     """``[B, C, H, W] -> [B, H/P * W/P, C*P*P]``: one token per P x P patch, row by row."""
     batch, channels, height, width = latents.shape

@@ -15,11 +15,28 @@ def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 
     The autoencoder's configuration holds mean and standard deviation of each latent channel.
     """
-    shape = (1, -1, 1, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean, device=latents.device, dtype=torch.float32).view(shape)
-    std = torch.tensor(vae.config.latents_std, device=latents.device, dtype=torch.float32).view(shape)
+    mean, std = _channel_statistics(vae, latents.device)
     pixels: torch.Tensor = vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0]
     return pixels
+
+
+def encode_pixels(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """``pixels [N, 3, frames, height, width] in [-1, 1] -> latents [N, C, F, H, W]``, normalised per channel.
+
+    In float32. The most likely latents: no noise is drawn. The inverse of :func:`decode_latents`.
+    """
+    latents: torch.Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+    mean, std = _channel_statistics(vae, latents.device)
+    return (latents.float() - mean) / std
+
+
+def _channel_statistics(vae: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each latent channel, ``[1, C, 1, 1, 1]`` in float32."""
+    mean, std = (
+        torch.tensor(values, device=device, dtype=torch.float32).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std
 
 
 def decode_scaled_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
