@@ -29,11 +29,15 @@ _DIFFUSION_MODELS: dict[str, tuple[str, str, str]] = {
     "QwenImagePipeline": ("qwen_image", "pipeline_qwen_image", "QwenImagePipeline"),
     "FluxPipeline": ("flux", "pipeline_flux", "FluxPipeline"),
     "FluxKontextPipeline": ("flux", "pipeline_flux_kontext", "FluxKontextPipeline"),
+    "WanImageToVideoPipeline": ("wan2_2", "pipeline_wan2_2_i2v", "WanImageToVideoPipeline"),
+    "WanPipeline": ("wan2_2", "pipeline_wan2_2", "WanPipeline"),
 }
 
 # pipeline class -> name of a function beside it: od_config -> (request -> request)
 _DIFFUSION_PRE_PROCESS_FUNCS: dict[str, str] = {
     "FluxKontextPipeline": "get_flux_kontext_pre_process_func",
+    "WanImageToVideoPipeline": "get_wan_i2v_pre_process_func",
+    "WanPipeline": "get_wan_pre_process_func",
 }
 
 # pipeline class -> name of a function beside it: od_config -> (output -> images)
@@ -41,6 +45,8 @@ _DIFFUSION_POST_PROCESS_FUNCS: dict[str, str] = {
     "QwenImagePipeline": "get_qwen_image_post_process_func",
     "FluxPipeline": "get_flux_post_process_func",
     "FluxKontextPipeline": "get_flux_kontext_post_process_func",
+    "WanImageToVideoPipeline": "get_wan_i2v_post_process_func",
+    "WanPipeline": "get_wan_post_process_func",
 }
 
 
