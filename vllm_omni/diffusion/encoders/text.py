@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 from typing import Any
 
+import ftfy
 import torch
 
 from vllm_omni.diffusion.request import OmniDiffusionRequest
@@ -70,9 +71,11 @@ def zero_padded(embeds: torch.Tensor, length: int) -> torch.Tensor:
     return torch.nn.functional.pad(embeds, (0, 0, 0, length - embeds.shape[1]))
 
 
-def without_html_and_extra_spaces(text: str) -> str:
-    """``text`` with HTML entities resolved, also doubly escaped ones, and each run of white space as one space."""
-    return " ".join(html.unescape(html.unescape(text)).split())
+def clean_text(text: str) -> str:
+    """``text`` with broken Unicode repaired, curly quotes and full-width characters made plain, HTML entities resolved
+    and each run of white space as one space: what the captions of some models went through.
+    """
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
 def check_prompt_embeds(request: OmniDiffusionRequest, width: int) -> None:

@@ -22,8 +22,8 @@ from vllm_omni.diffusion.denoise import Conditions, DenoiseState, denoise
 from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.encoders.text import (
     check_prompt_embeds,
+    clean_text,
     encode_zero_padded_prompt,
-    without_html_and_extra_spaces,
     zero_padded,
 )
 from vllm_omni.diffusion.encoders.vae import decode_latents, encode_pixels
@@ -188,7 +188,7 @@ class WanPipeline(nn.Module):
         return encode_zero_padded_prompt(
             self.text_encoder,
             self.tokenizer,
-            without_html_and_extra_spaces(str(request.prompt.get(text, ""))),
+            clean_text(str(request.prompt.get(text, ""))),
             max_length=max_length,
             param=text,
         )
