@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from vllm_omni import OmniDiffusionSamplingParams as Params
-from vllm_omni.diffusion.data import RequestSpec
+from vllm_omni.diffusion.data import RequestSpec, SameAs
 from vllm_omni.diffusion.engine.admission import admit
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.data import MAX_SEED
@@ -92,3 +92,13 @@ def test_a_pipeline_without_a_spec_gets_the_parameters_as_they_came():
     assert params.height is None
     assert params.guidance_scale == 0.0
     assert params.seed is not None
+
+
+def test_a_default_may_be_the_value_of_another_parameter():
+    spec = RequestSpec(
+        defaults={"height": 16, "width": 16, "guidance_scale": 5.0, "guidance_scale_2": SameAs("guidance_scale")}
+    )
+    assert admitted(spec=spec).sampling_params.guidance_scale_2 == 5.0
+    assert admitted(spec=spec, guidance_scale=3.0).sampling_params.guidance_scale_2 == 3.0
+    assert admitted(spec=spec, guidance_scale_2=0.0).sampling_params.guidance_scale_2 == 0.0
+    assert admitted(spec=spec, defaults={"guidance_scale_2": 2.0}).sampling_params.guidance_scale_2 == 2.0
