@@ -25,6 +25,8 @@ from tests.parity import (
 )
 from vllm_omni import Omni, OmniDiffusionSamplingParams
 from vllm_omni.diffusion.encoders.vae import decode_latents, encode_pixels
+from vllm_omni.diffusion.models.wan2_2 import get_wan_i2v_pre_process_func
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import InvalidModelFolderError, InvalidRequestError
 
 SHORT, LONG = "a red circle", "a cat holding a sign that says hello, left of a small blue square"
@@ -183,6 +185,23 @@ def test_a_picture_of_any_kind_is_taken_as_its_colours(omnis):
     opaque.putalpha(255)
     for image in (array, array / np.float32(255), opaque):
         assert torch.equal(stacked(omnis["wan2.1"].generate(prompt(image=image), params(**SMALL))[0]), expected)
+
+
+@pytest.mark.parametrize(
+    ("form", "given", "size"),
+    [
+        ("wan2.2", {}, (496, 800)),
+        ("ti2v", {}, (736, 1216)),
+        ("wan2.2", {"height": 32}, (32, 48)),
+        ("wan2.2", {"width": 32}, (16, 32)),
+        ("wan2.2", {"height": 32, "width": 32}, (32, 32)),
+    ],
+)
+def test_a_size_that_is_left_open_has_the_proportions_of_the_picture(omnis, form, given, size):
+    pre_process = get_wan_i2v_pre_process_func(omnis[form].od_config)
+    request = OmniDiffusionRequest(prompts=[prompt()], sampling_params=OmniDiffusionSamplingParams(**given))
+    assert pre_process(request).extra["pixels"].shape[-2:] == size
+    assert (request.sampling_params.height, request.sampling_params.width) == size
 
 
 @pytest.mark.parametrize("form", ["wan2.1", "wan2.2", "ti2v"])

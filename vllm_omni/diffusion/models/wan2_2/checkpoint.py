@@ -26,6 +26,13 @@ class WanCheckpoint:
     def size_multiple(self) -> int:
         return self.spatial_factor * self.patch_size[1]
 
+    @property
+    def usual_video(self) -> dict[str, int]:
+        """Size in pixels, frames and frames per second that the checkpoint was made for."""
+        if self.expand_timesteps:
+            return {"height": 704, "width": 1280, "num_frames": 121, "fps": 24}
+        return {"height": 480, "width": 832, "num_frames": 81, "fps": 16}
+
     @classmethod
     def read(cls, od_config: OmniDiffusionConfig) -> WanCheckpoint:
         """Raises ``InvalidModelFolderError`` for parts that do not fit together."""

@@ -24,8 +24,6 @@ PICTURE_KEY = "multi_modal_data"
 PIXELS = "pixels"
 IMAGE_ENCODER_PIXELS = "image_encoder_pixels"
 
-_DEFAULT_AREA = 480 * 832  # pixels
-
 
 def load_image_processor(od_config: OmniDiffusionConfig, checkpoint: WanCheckpoint) -> Any:
     """What prepares the picture for the image encoder, or None without one."""
@@ -56,7 +54,7 @@ def prepare_picture(
     if given.get("image") is None:
         raise InvalidRequestError("multi_modal_data holds no image; give one as 'image'", param="image")
     picture = load_images(given["image"], param="image")[0]
-    _resolve_size(request, picture, checkpoint.size_multiple)
+    _resolve_size(request, picture, checkpoint)
     params = request.sampling_params
     request.extra[PIXELS] = _pixels(picture.resize((params.width, params.height), Image.Resampling.LANCZOS))
     if image_processor is not None:
@@ -64,12 +62,14 @@ def prepare_picture(
     return request
 
 
-def _resolve_size(request: OmniDiffusionRequest, picture: Image.Image, multiple: int) -> None:
+def _resolve_size(request: OmniDiffusionRequest, picture: Image.Image, checkpoint: WanCheckpoint) -> None:
     """Fill in height and width where they are open: the picture's proportions, in all about the usual area."""
     params, aspect = request.sampling_params, picture.height / picture.width
+    multiple = checkpoint.size_multiple
     if params.height is None and params.width is None:
-        params.height = _rounded(math.sqrt(_DEFAULT_AREA * aspect), multiple)
-        params.width = _rounded(math.sqrt(_DEFAULT_AREA / aspect), multiple)
+        area = checkpoint.usual_video["height"] * checkpoint.usual_video["width"]
+        params.height = _rounded(math.sqrt(area * aspect), multiple)
+        params.width = _rounded(math.sqrt(area / aspect), multiple)
     elif params.height is None:
         params.height = _rounded(params.width * aspect, multiple)
     elif params.width is None:

@@ -86,13 +86,10 @@ class WanPipeline(nn.Module):
 
     @classmethod
     def request_spec(cls, od_config: OmniDiffusionConfig) -> RequestSpec:
-        """Defaults of diffusers' pipeline. Only a checkpoint of two transformers takes a ``guidance_scale_2``."""
+        """Only a checkpoint of two transformers takes a ``guidance_scale_2``."""
         checkpoint = WanCheckpoint.read(od_config)
         defaults: dict[str, Any] = {
-            "height": 480,
-            "width": 832,
-            "num_frames": 81,
-            "fps": 24 if checkpoint.expand_timesteps else 16,
+            **checkpoint.usual_video,
             "num_inference_steps": 50,
             "guidance_scale": 5.0,
             "max_sequence_length": _MAX_TEXT_TOKENS,
@@ -124,7 +121,9 @@ class WanPipeline(nn.Module):
         guidance = None
         if len(branches) > 1:
             scales = [params.guidance_scale if name == _EXPERTS[0] else params.guidance_scale_2 for name in experts]
-            guidance = Guidance(scale=torch.tensor(scales, device=self.device), combine=classifier_free)
+            guidance = Guidance(
+                scale=torch.tensor(scales, dtype=torch.float32, device=self.device), combine=classifier_free
+            )
         return DenoiseState(
             request_id=request.request_id,
             latents=latents,
