@@ -6,9 +6,13 @@ import runpy
 import sys
 from pathlib import Path
 
+import av
+import pytest
 from PIL import Image
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from tests import tiny_wan
+
+EXAMPLES = Path(__file__).parent.parent / "examples" / "offline_inference"
 
 
 def run(monkeypatch, script, *arguments):
@@ -21,7 +25,7 @@ def test_text_to_image(monkeypatch, qwen_folder, tmp_path, capsys):
     output = tmp_path / "out" / "picture.png"
     run(
         monkeypatch,
-        "offline_inference/text_to_image/text_to_image.py",
+        "text_to_image/text_to_image.py",
         *("--model", qwen_folder, "--prompt", "a cat", "--negative-prompt", "blurry", "--cfg-scale", 3.0),
         *("--seed", 1, "--height", 32, "--width", 48, "--num-inference-steps", 2, "--num-images-per-prompt", 2),
         *("--output", output, "--vae-use-tiling"),
@@ -30,3 +34,20 @@ def test_text_to_image(monkeypatch, qwen_folder, tmp_path, capsys):
         with Image.open(tmp_path / "out" / f"picture_{index}.png") as picture:
             assert picture.size == (48, 32)
     assert "classifier-free, scale 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["text_to_video", "image_to_video"])
+def test_a_video_of_the_asked_size_is_written(monkeypatch, tmp_path, task):
+    build = tiny_wan.wan_t2v if task == "text_to_video" else tiny_wan.wan_i2v
+    arguments = ["--model", build(tmp_path / "model"), "--prompt", "a cat", "--negative-prompt", "blurry"]
+    if task == "image_to_video":
+        Image.new("RGB", (40, 40), "red").save(tmp_path / "cat.png")
+        arguments += ["--image", tmp_path / "cat.png"]
+    arguments += ["--height", 32, "--width", 48, "--num-frames", 5, "--fps", 8, "--num-inference-steps", 2]
+    arguments += ["--guidance-scale", 4, "--guidance-scale-2", 3, "--seed", 1, "--vae-use-tiling"]
+    output = tmp_path / "out" / "video.mp4"
+    run(monkeypatch, f"{task}/{task}.py", *arguments, "--output", output)
+    with av.open(str(output)) as container:
+        stream = container.streams.video[0]
+        assert (stream.width, stream.height, stream.average_rate) == (48, 32, 8)
+        assert len(list(container.decode(stream))) == 5

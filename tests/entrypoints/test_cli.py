@@ -3,9 +3,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import av
 import pytest
 from PIL import Image
 
+from tests import tiny_wan
 from vllm_omni.entrypoints.cli.main import main
 from vllm_omni.version import __version__
 
@@ -61,6 +63,25 @@ def test_bad_input_is_one_line_that_names_it(generate, arguments, status, messag
 def test_a_model_that_is_not_there_is_one_line(capsys):
     assert main(["generate", "a cat", "--model", "/nowhere/at/all"]) == 1
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_a_picture_becomes_a_video_that_plays(tmp_path, capsys):
+    model = tiny_wan.wan_i2v(tmp_path / "model")
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    command = ["generate", "a cat", "--model", str(model), "--steps", "2", "--num-frames", "5", "--fps", "8"]
+    command += ["--image", str(tmp_path / "red.png"), "--size", "48x32", "--seed", "1"]
+    assert main([*command, "--output", str(tmp_path / "cat.png")]) == 2
+    assert "must end in .mp4" in capsys.readouterr().err
+    assert main([*command, "--output", str(tmp_path / "cat.mp4")]) == 0
+    assert "48 x 32 x 5 frames, 2 steps, seed 1" in capsys.readouterr().out
+    with av.open(str(tmp_path / "cat.mp4")) as container:
+        assert len(list(container.decode(video=0))) == 5
+
+
+def test_a_picture_that_cannot_be_read_is_one_line(generate):
+    status, _, err = generate("--image", "nowhere.png")
+    assert (status, err) == (2, "vllm-omni: error: --image nowhere.png cannot be read: No such file or directory\n")
+    assert generate("--image", __file__)[0] == 2
 
 
 @pytest.mark.parametrize("size", ["12by3", "x", "12x", "-4"])

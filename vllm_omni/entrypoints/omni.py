@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -73,6 +73,11 @@ class Omni:
             order = [engine.add_request(request) for request in requests]
             outputs = self._run(engine, sum(_num_steps(params) for params in requests), progress, max_batch_size)
         return _in_order(order, outputs)
+
+    @property
+    def output_kind(self) -> Literal["image", "video"]:
+        """What each entry of an output's ``images`` is: a picture (or a list of its layers), or a video's frames."""
+        return self._require_engine().output_kind
 
     def abort(self, request_id: str) -> bool:
         """End a request before its next step; its output comes back unfinished. False if it is not in progress."""

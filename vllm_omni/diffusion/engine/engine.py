@@ -6,7 +6,7 @@ import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig, RequestSpec
 from vllm_omni.diffusion.engine.admission import admit, read_sampling_defaults
@@ -60,6 +60,11 @@ class Engine:
     @property
     def has_requests(self) -> bool:
         return self._scheduler.has_requests
+
+    @property
+    def output_kind(self) -> Literal["image", "video"]:
+        """Models of videos are those that take a number of frames."""
+        return "video" if self._spec is not None and "num_frames" in self._spec.defaults else "image"
 
     def validate(self, prompt: Any, params: OmniDiffusionSamplingParams) -> OmniDiffusionRequest:
         """A request with all defaults resolved, pre-processed. Raises ``InvalidRequestError``; queues nothing."""

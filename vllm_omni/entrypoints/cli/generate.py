@@ -1,10 +1,11 @@
-"""``vllm-omni generate``: a prompt becomes a file."""
+"""``vllm-omni generate``: a prompt, and pictures if the model takes some, become a file."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from vllm_omni.entrypoints.cli.arguments import add_field_arguments, parse_size
 from vllm_omni.entrypoints.omni import Omni
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
+from vllm_omni.media import write_video
 from vllm_omni.outputs import OmniRequestOutput
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# What each kind of output can be written as; the first is the default.
+_SUFFIXES = {"image": (".png", ".jpg", ".jpeg", ".webp"), "video": (".mp4",)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", help="folder of a diffusers pipeline, or a hub id; absent: the model that ships along"
     )
     parser.add_argument(
-        "--output", "-o", type=Path, help="file to write: .png, .jpg or .webp; absent: named by the seed"
+        "--output", "-o", type=Path, help="file to write: .png, .jpg, .webp, or .mp4 of a video (default: by the seed)"
+    )
+    parser.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="picture to work on, for a model that takes one; repeat it for several",
     )
     parser.add_argument("--negative-prompt", help="what to keep away from; it makes classifier-free guidance possible")
     parser.add_argument("--size", type=parse_size, metavar="WxH", help="size in pixels, as in 1024x768 or 512")
@@ -40,17 +50,18 @@ def run(arguments: argparse.Namespace) -> None:
     """Carry the command out: load, generate, write, and say where the result is."""
     given = vars(arguments)
     if arguments.output is not None:
-        _check_suffix(arguments.output)
+        _check_output(arguments.output, [suffix for suffixes in _SUFFIXES.values() for suffix in suffixes])
     params = OmniDiffusionSamplingParams(**_sampling_values(given))
     options = {name: given[name] for name in engine_options() if name in given}
-    prompt: OmniPrompt = {"prompt": arguments.prompt}
-    if arguments.negative_prompt is not None:
-        prompt["negative_prompt"] = arguments.negative_prompt
+    prompt = _prompt(arguments)
     started = time.perf_counter()
     with Omni(arguments.model, **options) as omni:
         loaded = time.perf_counter()
+        suffixes = _SUFFIXES[omni.output_kind]
+        if arguments.output is not None:
+            _check_output(arguments.output, suffixes)
         (output,) = omni.generate(prompt, params)
-    paths = _write(output, arguments.output)
+    paths = _write(output, arguments.output, suffixes[0])
     for path in paths:
         print(path)
     print(_summary(output, loaded - started))
@@ -67,34 +78,62 @@ def _sampling_values(given: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _check_suffix(path: Path) -> None:
-    if path.suffix.lower() not in PICTURE_SUFFIXES:
+def _prompt(arguments: argparse.Namespace) -> OmniPrompt:
+    prompt: OmniPrompt = {"prompt": arguments.prompt}
+    if arguments.negative_prompt is not None:
+        prompt["negative_prompt"] = arguments.negative_prompt
+    if arguments.image is not None:
+        # A prompt holds contents and never a path: the command reads the files that its user named.
+        prompt["multi_modal_data"] = {"image": [_read(path) for path in arguments.image]}
+    return prompt
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidRequestError(f"--image {path} cannot be read: {error.strerror}", param="image") from error
+
+
+def _check_output(path: Path, suffixes: Sequence[str]) -> None:
+    if path.suffix.lower() not in suffixes:
         raise InvalidRequestError(
-            f"--output {path} must end in {', '.join(PICTURE_SUFFIXES)}: the ending chooses the format", param="output"
+            f"--output {path} must end in {', '.join(suffixes)}: the ending chooses the format", param="output"
         )
     if path.is_dir():
         raise InvalidRequestError(f"--output {path} is a folder; name a file in it", param="output")
 
 
-def _write(output: OmniRequestOutput, path: Path | None) -> list[Path]:
-    """One file per picture; several are numbered by their place."""
+def _write(output: OmniRequestOutput, path: Path | None, suffix: str) -> list[Path]:
+    """One file per picture, layer or video; several are numbered by their place."""
     assert output.receipt is not None, "a finished request has a receipt"
     if path is None:
         seed = output.receipt.seeds[0] if output.receipt.seeds is not None else 0
-        path = Path(f"vllm-omni-{seed}.png")
+        path = Path(f"vllm-omni-{seed}{suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    many = len(output.images) > 1
-    paths = [path.with_stem(f"{path.stem}-{index}") if many else path for index in range(len(output.images))]
-    for picture, target in zip(output.images, paths, strict=True):
-        picture.save(target)
+    is_video = suffix in _SUFFIXES["video"]
+    results = output.images if is_video else _flat(output.images)
+    paths = [path] if len(results) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(results))]
+    for result, target in zip(results, paths, strict=True):
+        if is_video:
+            assert output.receipt.fps is not None, "a video model resolves fps"
+            write_video(result, target, output.receipt.fps)
+        else:
+            result.save(target)
     return paths
+
+
+def _flat(pictures: list[Any]) -> list[Any]:
+    """Pictures in one list; an output of several layers is a list of its own."""
+    return [picture for entry in pictures for picture in (entry if isinstance(entry, list) else [entry])]
 
 
 def _summary(output: OmniRequestOutput, load_s: float) -> str:
     receipt, metrics = output.receipt, output.metrics
     assert receipt is not None
+    frames = "" if receipt.num_frames is None else f" x {receipt.num_frames} frames"
     seeds = "" if receipt.seeds is None else f", seed {', '.join(map(str, receipt.seeds))}"
     return (
-        f"{receipt.width} x {receipt.height}, {metrics.num_steps} steps{seeds}: {metrics.total_s:.1f} s"
+        f"{receipt.width} x {receipt.height}{frames}, {metrics.num_steps} steps{seeds}: {metrics.total_s:.1f} s"
         f" ({metrics.denoise_s:.1f} s denoising; loading {load_s:.1f} s) on {receipt.device} in {receipt.dtype}"
     )

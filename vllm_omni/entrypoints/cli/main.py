@@ -12,7 +12,7 @@ from vllm_omni.version import __version__
 
 # command -> (module with add_arguments and run, one line of help). A module loads when its command is used.
 _COMMANDS = {
-    "generate": ("vllm_omni.entrypoints.cli.generate", "turn a prompt into a picture"),
+    "generate": ("vllm_omni.entrypoints.cli.generate", "turn a prompt into a picture or a video"),
 }
 
 
