@@ -20,7 +20,7 @@ def use_single_frame_convolutions(autoencoder: nn.Module) -> None:
     """
     for module in autoencoder.modules():
         if _is_causal(module):
-            module.forward = _SingleFrameForward(module)  # type: ignore[method-assign]
+            module.forward = _SingleFrameForward(module)
 
 
 def _is_causal(module: nn.Module) -> bool:
