@@ -9,16 +9,40 @@ import base64
 import binascii
 import io
 import re
+import warnings
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vllm_omni.errors import InvalidRequestError
+from vllm_omni.inputs.data import OmniPrompt
 
 # Larger pictures are refused before they are decoded: a few kilobytes can unpack to gigabytes.
 MAX_PIXELS = 64 * 1024 * 1024
+# How Pillow names samples of 16 bits; without the letter of their byte order, three channels share the 16 bits.
+_SIXTEEN_BITS = re.compile(";16[BLN]")
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
+
+
+def prompt_images(prompt: OmniPrompt, *, mode: str = "RGB", max_images: int = 1) -> list[Image.Image]:
+    """The pictures of a prompt for a model that needs them, from ``multi_modal_data={"image": ...}``.
+
+    Raises ``InvalidRequestError`` with ``param="image"``, also if there is none.
+    """
+    media = prompt.get("multi_modal_data", {})
+    for kind in media:
+        if kind != "image":
+            raise InvalidRequestError(
+                f"multi_modal_data holds {kind!r}; this model takes only 'image'", param="multi_modal_data"
+            )
+    value = media.get("image")
+    if value is None:
+        raise InvalidRequestError(
+            "this model works on a picture; give it as {'prompt': ..., 'multi_modal_data': {'image': picture}}",
+            param="image",
+        )
+    return load_images(value, param="image", mode=mode, max_images=max_images)
 
 
 def load_images(value: Any, *, param: str, mode: str = "RGB", max_images: int = 1) -> list[Image.Image]:
@@ -37,7 +61,7 @@ def load_images(value: Any, *, param: str, mode: str = "RGB", max_images: int = 
 
 def _load(value: Any, param: str) -> Image.Image:
     if isinstance(value, Image.Image):
-        picture = value
+        picture = _checked(value, param)
     elif isinstance(value, np.ndarray):
         picture = _from_array(value, param)
     elif isinstance(value, (bytes, bytearray)):
@@ -69,12 +93,13 @@ def _data_url_bytes(value: str, param: str) -> bytes:
 
 def _decode(encoded: bytes, param: str) -> Image.Image:
     try:
-        picture = Image.open(io.BytesIO(encoded))
-        _check_size(picture, param)
-        num_frames = getattr(picture, "n_frames", 1)
-        if num_frames > 1:
-            raise InvalidRequestError(f"{param} is animated, with {num_frames} frames; give one of them", param=param)
-        picture.load()
+        with warnings.catch_warnings():
+            # Between what Pillow warns of and what it refuses; both are more than _check_size lets through.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture: Image.Image = Image.open(io.BytesIO(encoded))
+        picture = _checked(picture, param)
+        # As a viewer shows it: cameras store how they were held beside the pixels.
+        return ImageOps.exif_transpose(picture)
     except InvalidRequestError:
         raise
     except Image.DecompressionBombError as error:
@@ -85,6 +110,21 @@ def _decode(encoded: bytes, param: str) -> Image.Image:
         raise InvalidRequestError(
             f"{param} holds {len(encoded)} bytes that are no picture: {error}", param=param
         ) from error
+
+
+def _checked(picture: Image.Image, param: str) -> Image.Image:
+    """A picture whose pixels are loaded, after the checks that must come before that."""
+    _check_size(picture, param)
+    num_frames = getattr(picture, "n_frames", 1)  # only formats that can be animated have it
+    if num_frames > 1:
+        raise InvalidRequestError(f"{param} is animated, with {num_frames} frames; give one of them", param=param)
+    # Pillow drops the lower bits of 16-bit colours as it decodes; what a file holds is known only before that.
+    if any(_SIXTEEN_BITS.search(str(tile[3])) for tile in getattr(picture, "tile", ())):
+        raise InvalidRequestError(f"{param} has 16 bits per channel; convert it to 8 bits", param=param)
+    try:
+        picture.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InvalidRequestError(f"{param} cannot be decoded: {error}", param=param) from error
     return picture
 
 
