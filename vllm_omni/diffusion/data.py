@@ -219,8 +219,9 @@ class SameAs:
 class RequestSpec:
     """What requests a pipeline takes, known before its weights are loaded.
 
-    ``defaults`` names the parameters that depend on the model, with the value that an absent one gets. A request
-    that sets another one of them is refused. ``check`` raises ``InvalidRequestError`` for what only the model knows.
+    ``defaults`` names the parameters that depend on the model, with the value that an absent one gets, and
+    ``extra_args`` those of this model alone. A request that sets another one is refused. ``check`` raises
+    ``InvalidRequestError`` for what only the model knows.
     """
 
     defaults: Mapping[str, Any]
@@ -228,5 +229,5 @@ class RequestSpec:
     size_multiple: int = 1  # pixels; height and width must be multiples of it
     output_types: tuple[str, ...] = ("pil", "np", "pt", "latent")
     prompt_keys: frozenset[str] = frozenset({"prompt"})
-    extra_args: frozenset[str] = frozenset()
+    extra_args: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[OmniDiffusionRequest], None] | None = None

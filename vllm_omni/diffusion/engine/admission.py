@@ -1,13 +1,14 @@
 """The door: a prompt and its parameters become a request whose every default is resolved, or an error.
 
-The order of authority for an absent parameter: the checkpoint's ``sampling_defaults.json``, then the pipeline.
+The order of authority for an absent parameter: the checkpoint's ``sampling_defaults.json``, then what the model's
+pre-process function derives from the request (a size from a picture), then the pipeline.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,13 @@ def admit(
     params: OmniDiffusionSamplingParams,
     spec: RequestSpec | None,
     checkpoint_defaults: Mapping[str, Any],
+    pre_process: Callable[[OmniDiffusionRequest], Any] | None = None,
 ) -> OmniDiffusionRequest:
     """A resolved request. Raises ``InvalidRequestError`` that names the field.
 
     ``spec`` is None for a pipeline that says nothing about its requests: it gets the parameters as they came.
+    ``pre_process`` is the model's own function over the request. It runs before the pipeline's defaults are filled
+    in, so that it may set a parameter that the request leaves open.
     """
     normalized = normalize_prompt(prompt)
     params.validate()  # the fields may have been assigned since construction
@@ -65,25 +69,46 @@ def admit(
     _resolve_seed(params)
     request = OmniDiffusionRequest(request_id=new_request_id(), prompts=[normalized], sampling_params=params)
     if spec is not None:
-        _resolve_model_parameters(request, spec, checkpoint_defaults)
+        _refuse_unsupported(request, spec)
+        _apply_checkpoint_defaults(request, spec, checkpoint_defaults)
+    if pre_process is not None:
+        request = _pre_processed(request, pre_process)
+    if spec is not None:
+        _resolve_model_parameters(request, spec)
     return request
 
 
-def _resolve_model_parameters(
+def _pre_processed(
+    request: OmniDiffusionRequest, pre_process: Callable[[OmniDiffusionRequest], Any]
+) -> OmniDiffusionRequest:
+    processed = pre_process(request)
+    if not isinstance(processed, OmniDiffusionRequest):
+        raise TypeError(f"the model's pre-process function returned {type(processed).__name__}, no request")
+    return processed
+
+
+def _apply_checkpoint_defaults(
     request: OmniDiffusionRequest, spec: RequestSpec, checkpoint_defaults: Mapping[str, Any]
 ) -> None:
     params, prompt = request.sampling_params, request.prompt
-    _refuse_unsupported(request, spec)
     if "negative_prompt" in checkpoint_defaults and "negative_prompt_embeds" not in prompt:
         prompt.setdefault("negative_prompt", checkpoint_defaults["negative_prompt"])
     schedule = params.sigmas if params.sigmas is not None else params.timesteps
     if schedule is not None:
         params.num_inference_steps = len(schedule)
     _resolve_true_cfg_scale(request, spec, checkpoint_defaults)
+    for name in spec.defaults:
+        if getattr(params, name) is None:
+            setattr(params, name, checkpoint_defaults.get(name))
+    params.extra_args = {**spec.extra_args, **checkpoint_defaults.get("extra_args", {}), **params.extra_args}
+
+
+def _resolve_model_parameters(request: OmniDiffusionRequest, spec: RequestSpec) -> None:
+    params = request.sampling_params
     for name, default in spec.defaults.items():
         if getattr(params, name) is None:
-            default = getattr(params, default.parameter) if isinstance(default, SameAs) else default
-            setattr(params, name, checkpoint_defaults.get(name, default))
+            resolved = getattr(params, default.parameter) if isinstance(default, SameAs) else default
+            setattr(params, name, resolved)
     for name in ("height", "width"):
         _check_multiple(name, getattr(params, name), spec.size_multiple)
     if spec.check is not None:

@@ -70,13 +70,8 @@ class Engine:
         """A request with all defaults resolved, pre-processed. Raises ``InvalidRequestError``; queues nothing."""
         if self._executor is None:
             raise EngineClosedError("the engine is closed; create a new one")
-        request = admit(prompt, params, self._spec, self._checkpoint_defaults)
+        request = admit(prompt, params, self._spec, self._checkpoint_defaults, self._pre_process)
         self._post_process.check(request)
-        if self._pre_process is not None:
-            processed = self._pre_process(request)
-            if not isinstance(processed, OmniDiffusionRequest):
-                raise TypeError(f"the model's pre-process function returned {type(processed).__name__}, no request")
-            request = processed
         return request
 
     def add_request(self, request: OmniDiffusionRequest) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig, RequestSpec
 from vllm_omni.diffusion.denoise import Conditions, DenoiseState
@@ -24,7 +23,7 @@ from vllm_omni.diffusion.models.flux.pipeline_flux import PATCH_SIZE, FluxPipeli
 from vllm_omni.diffusion.postprocess import images_from_pixels
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.inputs.images import load_images
+from vllm_omni.inputs.images import prompt_images
 
 # (width, height) in pixels of the pictures that the model was trained on
 _TRAINED_SIZES = (
@@ -60,14 +59,19 @@ def get_flux_kontext_pre_process_func(
     processor = VaeImageProcessor(vae_scale_factor=side)
 
     def pre_process(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
-        picture = _reference_picture(request)
+        auto_resize = request.sampling_params.extra_args["auto_resize"]
+        if not isinstance(auto_resize, bool):
+            raise InvalidRequestError(
+                f"auto_resize={auto_resize!r} must be True or False", param="extra_args.auto_resize"
+            )
+        (picture,) = prompt_images(request.prompt)
         width, height = (length // side * side for length in picture.size)
         if not (width and height):
             raise InvalidRequestError(
                 f"image is {picture.width} x {picture.height} pixels; it must be at least {side} x {side}",
                 param="image",
             )
-        if request.sampling_params.extra_args.get("auto_resize", True):
+        if auto_resize:
             width, height = _nearest_trained_size(width / height, side)
         request.extra["image"] = processor.preprocess(picture, height, width)
         return request
@@ -87,7 +91,7 @@ class FluxKontextPipeline(FluxPipeline):
     def request_spec(cls, od_config: OmniDiffusionConfig) -> RequestSpec:
         spec = super().request_spec(od_config)
         return dataclasses.replace(
-            spec, prompt_keys=spec.prompt_keys | {"multi_modal_data"}, extra_args=frozenset({"auto_resize"})
+            spec, prompt_keys=spec.prompt_keys | {"multi_modal_data"}, extra_args={"auto_resize": True}
         )
 
     def prepare(self, request: OmniDiffusionRequest) -> DenoiseState:
@@ -111,26 +115,6 @@ class FluxKontextPipeline(FluxPipeline):
         others = dict(conditions)
         tokens = torch.cat([latents.to(self.dtype), others.pop("image_latents")], dim=1)
         return super().predict(tokens, timestep, others)[:, : latents.shape[1]]
-
-
-def _reference_picture(request: OmniDiffusionRequest) -> Image.Image:
-    """The one picture of a request. Raises ``InvalidRequestError`` if there is none, or more, or no picture."""
-    auto_resize = request.sampling_params.extra_args.get("auto_resize", True)
-    if not isinstance(auto_resize, bool):
-        raise InvalidRequestError(f"auto_resize={auto_resize!r} must be True or False", param="extra_args.auto_resize")
-    given: Any = request.prompt.get("multi_modal_data", {})
-    unknown = sorted(str(key) for key in given if key != "image")
-    if unknown:
-        raise InvalidRequestError(
-            f"multi_modal_data holds {', '.join(unknown)}; this model takes one picture as 'image'",
-            param="multi_modal_data",
-        )
-    if given.get("image") is None:
-        raise InvalidRequestError(
-            "the picture is missing; give {'prompt': ..., 'multi_modal_data': {'image': ...}}",
-            param="image",
-        )
-    return load_images(given["image"], param="image")[0]
 
 
 def _nearest_trained_size(aspect_ratio: float, side: int) -> tuple[int, int]:
