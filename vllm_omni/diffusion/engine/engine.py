@@ -184,7 +184,7 @@ class Engine:
             guidance=_guidance_text(params, self._cfg_parameters),
             num_frames=params.num_frames,
             fps=params.fps,
-            accelerations=tuple(name for name in ("vae_use_slicing", "vae_use_tiling") if getattr(config.memory, name)),
+            accelerations=_accelerations(config),
         )
 
 
@@ -223,6 +223,13 @@ def _request_spec(model: DiffusionModel, od_config: OmniDiffusionConfig) -> Requ
 
 def _built(make_function: Callable[..., Any] | None, od_config: OmniDiffusionConfig) -> Callable[..., Any] | None:
     return None if make_function is None else make_function(od_config)
+
+
+def _accelerations(config: OmniDiffusionConfig) -> tuple[str, ...]:
+    names = [name for name in ("vae_use_slicing", "vae_use_tiling") if getattr(config.memory, name)]
+    if config.enable_prompt_embed_cache:
+        names.append("enable_prompt_embed_cache")
+    return tuple(names)
 
 
 def _guidance_text(params: OmniDiffusionSamplingParams, cfg_parameters: tuple[str, ...]) -> str:

@@ -18,7 +18,7 @@ from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineL
 from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.messages import StageTimes, WorkerCommand, WorkerOutput, WorkerResult
-from vllm_omni.errors import InsufficientMemoryError, NonFiniteOutputError
+from vllm_omni.errors import FeatureNotAvailableError, InsufficientMemoryError, NonFiniteOutputError
 from vllm_omni.platforms import get_platform
 
 # The host may queue this many steps before the device has done the first of them: enough to keep the device busy,
@@ -44,6 +44,11 @@ class ModelRunner:
         self._config = od_config
         self._platform = get_platform(od_config.torch_device)
         pipeline_class = resolve_diffusion_model(od_config.model_class_name).pipeline_class
+        if od_config.enable_prompt_embed_cache and not getattr(pipeline_class, "caches_prompt_embeds", False):
+            raise FeatureNotAvailableError(
+                f"enable_prompt_embed_cache=True: {pipeline_class.__name__} encodes its prompts without a cache; leave"
+                " the option out"
+            )
         self.pipeline: Any = DiffusersPipelineLoader(od_config, on_load_progress).load_model(pipeline_class)
         self._is_stepped = is_stepped(pipeline_class)
         self._running: dict[str, _Running] = {}
