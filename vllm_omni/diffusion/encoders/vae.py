@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """``latents [N, C, F, H, W]``, normalised per channel ``-> pixels [N, 3, frames, height, width] in [-1, 1]``.
 
-    The autoencoder's configuration holds mean and standard deviation of each latent channel.
+    An autoencoder of RGBA pictures gives 4 channels. Its configuration holds mean and standard deviation of each
+    latent channel.
     """
     mean, std = _channel_statistics(vae, latents.device)
     pixels: torch.Tensor = vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0]
@@ -63,3 +66,9 @@ def _scale_and_shift(vae: Any) -> tuple[float, float]:
     """Autoencoders of older models have a scale and no shift."""
     shift = vae.config.shift_factor
     return vae.config.scaling_factor, 0.0 if shift is None else shift
+
+
+def picture_pixels(picture: Image.Image) -> torch.Tensor:
+    """A picture as pixels, ``[1, C, 1, height, width] in [-1, 1]`` in float32: one frame of its own channels."""
+    values = torch.from_numpy(np.array(picture, dtype=np.float32) / 255)
+    return (2 * values - 1).permute(2, 0, 1)[None, :, None]

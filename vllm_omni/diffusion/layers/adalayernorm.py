@@ -21,9 +21,11 @@ class AdaLayerNorm(nn.Module):
     def forward(self, x: torch.Tensor, mod_params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``x [B, S, D], mod_params [B, 3 * D] -> modulated [B, S, D], gate [B, 1, D]``.
 
-        ``mod_params`` holds shift, scale and gate, in this order.
+        ``mod_params`` holds shift, scale and gate, in this order. It may also be ``[B, S, 3 * D]``, one for each
+        token; then the gate is ``[B, S, D]``.
         """
-        shift, scale, gate = mod_params.unsqueeze(1).chunk(3, dim=-1)
+        per_token = mod_params.dim() == 3
+        shift, scale, gate = (mod_params if per_token else mod_params.unsqueeze(1)).chunk(3, dim=-1)
         return layer_norm_modulate(x, scale, shift, self.eps), gate
 
 

@@ -87,15 +87,24 @@ def _no_progress_bar() -> Iterator[None]:
 
 def load_tokenizer(tokenizer_class: Any, od_config: OmniDiffusionConfig, subfolder: str = "tokenizer") -> Any:
     """A tokenizer of transformers, or None where random weights run without one and prompts come as embeddings."""
+    return _load_processor(tokenizer_class, od_config, subfolder, "tokenizer")
+
+
+def load_image_processor(processor_class: Any, od_config: OmniDiffusionConfig, subfolder: str = "processor") -> Any:
+    """An image processor of transformers, or None where random weights run without one."""
+    return _load_processor(processor_class, od_config, subfolder, "image processor")
+
+
+def _load_processor(processor_class: Any, od_config: OmniDiffusionConfig, subfolder: str, noun: str) -> Any:
     folder = Path(od_config.model) / subfolder
     if not folder.is_dir():
         if od_config.load_format == "dummy":
             return None
         raise InvalidModelFolderError(f"{folder} is missing; a diffusers pipeline folder has it")
     try:
-        return tokenizer_class.from_pretrained(folder, local_files_only=True)
+        return processor_class.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise InvalidModelFolderError(f"{folder} holds no tokenizer that loads: {error}") from error
+        raise InvalidModelFolderError(f"{folder} holds no {noun} that loads: {error}") from error
 
 
 def fill_with_random_weights(module: nn.Module, seed: int = 0) -> None:
