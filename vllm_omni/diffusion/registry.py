@@ -31,6 +31,9 @@ _DIFFUSION_MODELS: dict[str, tuple[str, str, str]] = {
     "FluxKontextPipeline": ("flux", "pipeline_flux_kontext", "FluxKontextPipeline"),
     "WanImageToVideoPipeline": ("wan2_2", "pipeline_wan2_2_i2v", "WanImageToVideoPipeline"),
     "WanPipeline": ("wan2_2", "pipeline_wan2_2", "WanPipeline"),
+    "QwenImageEditPipeline": ("qwen_image", "pipeline_qwen_image_edit", "QwenImageEditPipeline"),
+    "QwenImageEditPlusPipeline": ("qwen_image", "pipeline_qwen_image_edit_plus", "QwenImageEditPlusPipeline"),
+    "QwenImageLayeredPipeline": ("qwen_image", "pipeline_qwen_image_layered", "QwenImageLayeredPipeline"),
 }
 
 # pipeline class -> name of a function beside it: od_config -> (request -> request)
@@ -38,6 +41,9 @@ _DIFFUSION_PRE_PROCESS_FUNCS: dict[str, str] = {
     "FluxKontextPipeline": "get_flux_kontext_pre_process_func",
     "WanImageToVideoPipeline": "get_wan_i2v_pre_process_func",
     "WanPipeline": "get_wan_pre_process_func",
+    "QwenImageEditPipeline": "get_qwen_image_edit_pre_process_func",
+    "QwenImageEditPlusPipeline": "get_qwen_image_edit_plus_pre_process_func",
+    "QwenImageLayeredPipeline": "get_qwen_image_layered_pre_process_func",
 }
 
 # pipeline class -> name of a function beside it: od_config -> (output -> images)
@@ -47,6 +53,9 @@ _DIFFUSION_POST_PROCESS_FUNCS: dict[str, str] = {
     "FluxKontextPipeline": "get_flux_kontext_post_process_func",
     "WanImageToVideoPipeline": "get_wan_i2v_post_process_func",
     "WanPipeline": "get_wan_post_process_func",
+    "QwenImageEditPipeline": "get_qwen_image_edit_post_process_func",
+    "QwenImageEditPlusPipeline": "get_qwen_image_edit_plus_post_process_func",
+    "QwenImageLayeredPipeline": "get_qwen_image_layered_post_process_func",
 }
 
 

@@ -1,6 +1,7 @@
 """The dual-stream transformer of Qwen-Image (arXiv:2508.02324). Parameter names follow its diffusers checkpoint.
 
-Text and image tokens keep weights of their own in every block and meet in a joint attention, text first.
+Text and image tokens keep weights of their own in every block and meet in a joint attention, text first. Image tokens
+are those of one or several pictures: the noisy one first, then the pictures that an editing model starts from.
 
 Shapes: B rows, T text tokens, I image tokens, S = T + I, H heads of this rank, D head size, E width of the model.
 """
@@ -8,6 +9,7 @@ Shapes: B rows, T text tokens, I image tokens, S = T + I, H heads of this rank, 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -32,15 +34,22 @@ ImageShape = tuple[int, int, int]
 
 @functools.lru_cache(maxsize=64)
 def joint_rope(
-    img_shapes: tuple[ImageShape, ...], num_text_tokens: int, axes_dims: tuple[int, ...], device: torch.device
+    img_shapes: tuple[ImageShape, ...],
+    num_text_tokens: int,
+    axes_dims: tuple[int, ...],
+    device: torch.device,
+    layered: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of the rotary angles of all tokens, text first: ``[T + I, D / 2]`` each, in float32.
 
     A picture's index, row and column each rotate their share of the head. Rows and columns count from the centre,
     so that a larger picture extends the positions of a smaller one on all sides; text goes on along the diagonal.
+    With ``layered`` the pictures are layers and, last, the picture that they come from, whose index is -1.
     """
+    last = len(img_shapes) - 1
     angles = []
-    for index, (frames, rows, columns) in enumerate(img_shapes):
+    for position, (frames, rows, columns) in enumerate(img_shapes):
+        index = -1 if layered and position == last else position
         axes = (
             torch.arange(index, index + frames, device=device),
             torch.arange(rows, device=device) - (rows - rows // 2),
@@ -49,6 +58,8 @@ def joint_rope(
         grid = torch.meshgrid(*axes, indexing="ij")
         angles.append(_axes_angles([positions.flatten() for positions in grid], axes_dims))
     first_text = max(max(rows // 2, columns // 2) for _, rows, columns in img_shapes)
+    if layered:
+        first_text = max(first_text, last)
     text = torch.arange(first_text, first_text + num_text_tokens, device=device)
     joint = torch.cat([_axes_angles([text] * len(axes_dims), axes_dims), *angles])
     return joint.cos(), joint.sin()
@@ -58,20 +69,42 @@ def _axes_angles(positions: Sequence[torch.Tensor], axes_dims: Sequence[int]) ->
     return torch.cat([rope_angles(axis, dim) for axis, dim in zip(positions, axes_dims, strict=True)], dim=-1)
 
 
-class QwenTimestepProjEmbeddings(nn.Module):
-    """The conditioning vector: the timestep, and the guidance scale of a guidance-distilled model."""
+@functools.lru_cache(maxsize=64)
+def modulation_index(img_shapes: tuple[ImageShape, ...], device: torch.device) -> torch.Tensor:
+    """``[I]``: 0 for tokens of the first picture, which is noisy, and 1 for those of the others, which are clean."""
+    counts = [math.prod(shape) for shape in img_shapes]
+    index = torch.ones(sum(counts), dtype=torch.long, device=device)
+    index[: counts[0]] = 0
+    return index
 
-    def __init__(self, embedding_dim: int, guidance_embeds: bool) -> None:
+
+class QwenTimestepProjEmbeddings(nn.Module):
+    """The conditioning vector: the timestep, and what else a variant of the model takes.
+
+    That is the guidance scale of a guidance-distilled model, or one of two learned kinds of pictures.
+    """
+
+    def __init__(self, embedding_dim: int, guidance_embeds: bool, use_additional_t_cond: bool) -> None:
         super().__init__()
         self.timestep_embedder = TimestepEmbedding(_TIMESTEP_CHANNELS, embedding_dim)
         self.guidance_embedder = TimestepEmbedding(_TIMESTEP_CHANNELS, embedding_dim) if guidance_embeds else None
+        self.addition_t_embedding = nn.Embedding(2, embedding_dim) if use_additional_t_cond else None
 
-    def forward(self, timestep: torch.Tensor, guidance: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        """``timestep [B] in [0, 1], guidance [B] -> [B, E]``."""
+    def forward(
+        self,
+        timestep: torch.Tensor,
+        guidance: torch.Tensor | None,
+        additional_t_cond: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """``timestep [B] in [0, 1], guidance [B], additional_t_cond [B] of 0 or 1 -> [B, E]``."""
         embedding: torch.Tensor = self.timestep_embedder(_sinusoids(timestep, dtype))
         if self.guidance_embedder is not None:
             assert guidance is not None, "a guidance-distilled model needs a guidance scale"
             embedding = embedding + self.guidance_embedder(_sinusoids(guidance, dtype))
+        if self.addition_t_embedding is not None:
+            assert additional_t_cond is not None, "this variant of the model needs additional_t_cond"
+            embedding = embedding + self.addition_t_embedding(additional_t_cond).to(dtype)
         return embedding
 
 
@@ -99,10 +132,20 @@ class QwenImageTransformerBlock(nn.Module):
         conditioning: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
         attn_mask: torch.Tensor | None,
+        clean_conditioning: torch.Tensor | None = None,
+        modulate_index: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``image [B, I, E], text [B, T, E], conditioning [B, E] -> image, text`` of the same shapes."""
+        """``image [B, I, E], text [B, T, E], conditioning [B, E] -> image, text`` of the same shapes.
+
+        With ``clean_conditioning [B, E]``, it modulates the image tokens whose ``modulate_index [I]`` is 1.
+        """
         img_attn_mod, img_mlp_mod = self.img_mod[1](conditioning).chunk(2, dim=-1)
         txt_attn_mod, txt_mlp_mod = self.txt_mod[1](conditioning).chunk(2, dim=-1)
+        if clean_conditioning is not None:
+            assert modulate_index is not None, "two conditionings of the image tokens need an index"
+            clean_attn_mod, clean_mlp_mod = self.img_mod[1](clean_conditioning).chunk(2, dim=-1)
+            img_attn_mod = torch.stack([img_attn_mod, clean_attn_mod], dim=1)[:, modulate_index]
+            img_mlp_mod = torch.stack([img_mlp_mod, clean_mlp_mod], dim=1)[:, modulate_index]
         image, img_gate = self.norm(hidden_states, img_attn_mod)
         text, txt_gate = self.norm(encoder_hidden_states, txt_attn_mod)
         image, text = self.attn(image, text, rope, attn_mask)
@@ -123,6 +166,8 @@ class QwenImageTransformer2DModel(nn.Module):
     """The denoiser. Its keyword arguments are those of the checkpoint's ``config.json``.
 
     ``guidance_embeds`` adds an embedding of the guidance scale, named as in FLUX.1; no published Qwen-Image has it.
+    With ``zero_cond_t`` the tokens of clean pictures are modulated as at timestep 0. ``use_additional_t_cond`` adds an
+    embedding of the kind of picture, ``use_layer3d_rope`` gives the source of layers a position before the first.
     """
 
     _repeated_blocks = ["QwenImageTransformerBlock"]
@@ -145,13 +190,6 @@ class QwenImageTransformer2DModel(nn.Module):
         use_layer3d_rope: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("zero_cond_t", zero_cond_t),
-            ("use_additional_t_cond", use_additional_t_cond),
-            ("use_layer3d_rope", use_layer3d_rope),
-        ):
-            if value:
-                raise InvalidModelFolderError(f"transformer/config.json sets {name}, which only text to image lacks")
         if sum(axes_dims_rope) != attention_head_dim:
             raise InvalidModelFolderError(
                 f"transformer/config.json: axes_dims_rope={list(axes_dims_rope)} must add up to"
@@ -160,7 +198,9 @@ class QwenImageTransformer2DModel(nn.Module):
         self.od_config = od_config
         dim = num_attention_heads * attention_head_dim
         self.axes_dims_rope = tuple(axes_dims_rope)
-        self.time_text_embed = QwenTimestepProjEmbeddings(dim, guidance_embeds)
+        self.zero_cond_t = zero_cond_t
+        self.use_layer3d_rope = use_layer3d_rope
+        self.time_text_embed = QwenTimestepProjEmbeddings(dim, guidance_embeds, use_additional_t_cond)
         self.txt_norm = RMSNorm(joint_attention_dim)
         self.img_in = ReplicatedLinear(in_channels, dim)
         self.txt_in = ReplicatedLinear(joint_attention_dim, dim)
@@ -178,24 +218,36 @@ class QwenImageTransformer2DModel(nn.Module):
         img_shapes: tuple[ImageShape, ...],
         encoder_hidden_states_mask: torch.Tensor | None = None,
         guidance: torch.Tensor | None = None,
+        additional_t_cond: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predict the velocity ``noise - sample`` of every image token.
 
         ``image [B, I, C], text [B, T, J], timestep [B] in [0, 1], mask [B, T], guidance [B] -> [B, I, C]``.
-        ``img_shapes`` is shared by all rows. Masked text tokens change nothing.
+        ``img_shapes`` is shared by all rows. Masked text tokens change nothing. ``additional_t_cond`` is ``[B]``.
         """
-        num_image = hidden_states.shape[1]
-        rope = joint_rope(img_shapes, encoder_hidden_states.shape[1], self.axes_dims_rope, hidden_states.device)
+        num_image, device = hidden_states.shape[1], hidden_states.device
+        num_text = encoder_hidden_states.shape[1]
+        rope = joint_rope(img_shapes, num_text, self.axes_dims_rope, device, self.use_layer3d_rope)
         attn_mask = None
         if encoder_hidden_states_mask is not None:
             attn_mask = F.pad(encoder_hidden_states_mask, (0, num_image), value=True)
         hidden_states = self.img_in(hidden_states)
         encoder_hidden_states = self.txt_in(self.txt_norm(encoder_hidden_states))
-        embedding = self.time_text_embed(timestep, guidance, hidden_states.dtype)
+        embedding = self.time_text_embed(timestep, guidance, additional_t_cond, hidden_states.dtype)
         conditioning = F.silu(embedding)
+        clean_conditioning, modulate_index = None, None
+        if self.zero_cond_t:
+            clean = self.time_text_embed(torch.zeros_like(timestep), guidance, additional_t_cond, hidden_states.dtype)
+            clean_conditioning, modulate_index = F.silu(clean), modulation_index(img_shapes, device)
         for block in self.transformer_blocks:
             hidden_states, encoder_hidden_states = block(
-                hidden_states, encoder_hidden_states, conditioning, rope, attn_mask
+                hidden_states,
+                encoder_hidden_states,
+                conditioning,
+                rope,
+                attn_mask,
+                clean_conditioning,
+                modulate_index,
             )
         output: torch.Tensor = self.proj_out(self.norm_out(hidden_states, embedding))
         return output
