@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from diffusers import (
     AutoencoderKLQwenImage,
     DiffusionPipeline,
@@ -13,6 +14,7 @@ from diffusers import (
     QwenImageLayeredPipeline,
     QwenImageTransformer2DModel,
 )
+from PIL import Image
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 
 from tests.tiny import QWEN_TEMPLATE, initialize, qwen_text_encoder, qwen_tokenizer
@@ -24,8 +26,13 @@ EDIT_TEMPLATE = (
     "<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
 )
 _CAPTIONS = ["make the circle blue", "turn this cat into a dog that holds a sign", "Picture 1: the hat of Picture 2: "]
-# Nearly white noise has these patches; pictures of few pixels keep the vision tower fast.
 _SCHEDULER = {"base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 8192, "max_shift": 0.9}
+
+
+def picture(width: int, height: int, *, seed: int = 0, mode: str = "RGB") -> Image.Image:
+    """Soft blots of colour."""
+    blots = np.random.default_rng(seed).integers(0, 256, (5, 7, len(mode)), dtype=np.uint8)
+    return Image.fromarray(blots).resize((width, height))
 
 
 def qwen_image_edit(folder: Path, *, seed: int = 0) -> Path:
