@@ -100,8 +100,8 @@ def _save(
     text_encoder.config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     text_encoder.config.vision_start_token_id = tokenizer.convert_tokens_to_ids("<|vision_start|>")
     text_encoder.config.vision_end_token_id = tokenizer.convert_tokens_to_ids("<|vision_end|>")
-    # A caption of random weights would never end: let every fourth token end it.
-    text_encoder.generation_config.eos_token_id = list(range(0, len(tokenizer), 4))
+    # A caption of random weights would never end: let every twentieth token end it.
+    text_encoder.generation_config.eos_token_id = list(range(0, len(tokenizer), 20))
     text_encoder.generation_config.pad_token_id = 0
     pipeline = pipeline_class(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **scheduler),

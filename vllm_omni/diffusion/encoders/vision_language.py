@@ -63,7 +63,8 @@ class PicturePrompts:
         input_ids = torch.tensor([token_ids], device=language_model.device)
         embeds: torch.Tensor = language_model.get_input_embeddings()(input_ids)
         is_picture = (input_ids == self._image_token_id()).unsqueeze(-1).expand_as(embeds)
-        # All tokens count on in one line, those of a picture too, as the model's own pipeline in diffusers does it.
+        # Tokens of a picture have positions in line, not on a grid, since the pipelines of diffusers 0.42 pass no
+        # mm_token_type_ids to transformers 5 (huggingface/diffusers#14194), and results are to match theirs.
         hidden: torch.Tensor = language_model(
             inputs_embeds=embeds.masked_scatter(is_picture, self._picture_features().to(embeds.dtype)),
             attention_mask=torch.ones_like(input_ids),
