@@ -102,3 +102,39 @@ def test_a_default_may_be_the_value_of_another_parameter():
     assert admitted(spec=spec, guidance_scale=3.0).sampling_params.guidance_scale_2 == 3.0
     assert admitted(spec=spec, guidance_scale_2=0.0).sampling_params.guidance_scale_2 == 0.0
     assert admitted(spec=spec, defaults={"guidance_scale_2": 2.0}).sampling_params.guidance_scale_2 == 2.0
+
+
+def test_a_pre_process_function_settles_what_the_request_and_the_checkpoint_leave_open():
+    def pre_process(request):
+        params = request.sampling_params
+        params.height = 32 if params.height is None else params.height
+        params.width = 48 if params.width is None else params.width
+        return request
+
+    request = admit("a", Params(height=64), SPEC, {"num_inference_steps": 3}, pre_process)
+    params = request.sampling_params
+    assert (params.height, params.width, params.num_inference_steps) == (64, 48, 3)
+    request = admit("a", Params(), SPEC, {"width": 80}, pre_process)
+    assert (request.sampling_params.height, request.sampling_params.width) == (32, 80)
+
+
+def test_what_a_pre_process_function_sets_is_checked():
+    def pre_process(request):
+        request.sampling_params.height = 33
+        return request
+
+    with pytest.raises(InvalidRequestError, match="height=33 must be a multiple"):
+        admit("a", Params(), SPEC, {}, pre_process)
+
+
+def test_a_pre_process_function_must_return_a_request():
+    with pytest.raises(TypeError, match="returned NoneType, no request"):
+        admit("a", Params(), SPEC, {}, lambda request: None)
+
+
+def test_absent_extra_args_get_their_defaults_and_the_users_dict_stays_as_it_was():
+    spec = dataclasses.replace(SPEC, extra_args={"layers": 4, "resolution": 640, "normalize": False})
+    given = {"resolution": 1024}
+    params = admit("a", Params(extra_args=given), spec, {"extra_args": {"layers": 2}})
+    assert params.sampling_params.extra_args == {"layers": 2, "resolution": 1024, "normalize": False}
+    assert given == {"resolution": 1024}

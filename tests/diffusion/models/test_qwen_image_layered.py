@@ -125,6 +125,23 @@ def test_an_empty_prompt_becomes_the_caption_that_diffusers_writes(omni, referen
     assert_same_latents(stacked(output), expected)
 
 
+def test_the_caption_is_asked_for_with_the_inputs_of_diffusers(omni, reference, monkeypatch):
+    asked = []
+
+    def generate(**inputs):
+        asked.append({name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)})
+        return inputs["input_ids"]  # no answer at all
+
+    for encoder in (reference.text_encoder, omni._engine._executor._worker._runner.pipeline.text_encoder):
+        monkeypatch.setattr(encoder, "generate", generate)
+    reference_run(reference, WIDE, "", steps=1, layers=1)
+    omni.generate(layered(WIDE, ""), params(steps=1, layers=1))
+    expected, ours = asked
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(ours[name], value), name
+
+
 def test_absent_parameters_get_their_defaults_at_the_door(omni):
     given = {"layers": 3}
     request = omni._engine.validate(layered(WIDE), OmniDiffusionSamplingParams(extra_args=given))

@@ -35,7 +35,7 @@ from vllm_omni.inputs.images import prompt_images
 
 _ENCODER_AREA = 384 * 384  # pixels
 _LATENTS_AREA = 1024 * 1024  # pixels
-# The models were trained with up to three; more still work to a degree, at the cost of as many tokens each.
+# The models are meant for up to three; diffusers sets no limit, and each costs as many tokens as the output.
 _MAX_PICTURES = 8
 
 
