@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
 
 import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit as diffusers_edit
 import numpy as np
@@ -128,6 +129,17 @@ def test_given_embeddings_match_diffusers(omni, reference):
     expected = reference_images(reference, WIDE, None, **given)
     prompt = {"multi_modal_data": {"image": WIDE}, **given}
     assert_same_latents(stacked(omni.generate(prompt, params())[0]), expected)
+
+
+@pytest.mark.parametrize("missing", ["tokenizer", "processor"])
+def test_random_weights_run_on_embeddings_where_a_processor_is_missing(folder, tmp_path, missing):
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare, ignore=lambda _, names: [name for name in names if name == missing])
+    with Omni(str(bare), load_format="dummy") as omni:
+        with pytest.raises(GenerationError, match="give prompt_embeds instead of prompt"):
+            omni.generate(edit(WIDE), params())
+        prompt = {"prompt_embeds": torch.ones(4, 32), "multi_modal_data": {"image": WIDE}}
+        assert torch.isfinite(stacked(omni.generate(prompt, params())[0])).all()
 
 
 def test_bf16_stays_near_diffusers_in_bf16(folder):

@@ -119,10 +119,12 @@ def text_branches(
             yield given.to(device, dtype).view(1, -1, given.shape[-1])
 
 
-def require_tokenizer(tokenizer: Any, text: str) -> None:
-    """Raises ``InvalidRequestError`` where a model of random weights has no tokenizer."""
-    if tokenizer is None:
-        raise InvalidRequestError(f"the model has no tokenizer; give {text}_embeds instead of {text}", param=text)
+def require_processors(text: str, *processors: Any) -> None:
+    """Raises ``InvalidRequestError`` where a model of random weights lacks what prepares ``text`` for its encoder."""
+    if None in processors:
+        raise InvalidRequestError(
+            f"the model's folder has no tokenizer or no processor; give {text}_embeds instead of {text}", param=text
+        )
 
 
 def denoise_state(

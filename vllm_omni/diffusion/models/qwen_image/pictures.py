@@ -117,7 +117,7 @@ def edit_encoder(
     key = pictures_key(pictures)
 
     def encode(text: str, param: str) -> torch.Tensor:
-        common.require_tokenizer(tokenizer, param)
+        common.require_processors(param, tokenizer, image_processor)
         return cache.get(
             (text, max_length, key),
             lambda: shown().encode(

@@ -96,7 +96,7 @@ class QwenImagePipeline(nn.Module):
 
     def _encode(self, request: OmniDiffusionRequest, text: str, param: str) -> torch.Tensor:
         """Hidden states of one text of the request, ``[1, L, J]``."""
-        common.require_tokenizer(self.tokenizer, param)
+        common.require_processors(param, self.tokenizer)
         max_length = request.sampling_params.max_sequence_length
         return self.prompt_embed_cache.get(
             (text, max_length),

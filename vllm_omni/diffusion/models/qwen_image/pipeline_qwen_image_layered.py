@@ -144,7 +144,7 @@ class QwenImageLayeredPipeline(nn.Module):
 
     def _encode(self, request: OmniDiffusionRequest, text: str, param: str) -> torch.Tensor:
         """Hidden states of one text of the request, or of a caption in place of an empty prompt, ``[1, L, J]``."""
-        common.require_tokenizer(self.tokenizer, param)
+        common.require_processors(param, self.tokenizer, self.image_processor)
         max_length = request.sampling_params.max_sequence_length
         if param == "prompt" and text in ("", " "):
             return self._encode_caption(request, max_length)
