@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKLQwenImage
 from torch import nn
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.denoise import Conditions, DenoiseState
+from vllm_omni.diffusion.encoders.causal_conv import use_single_frame_convolutions
 from vllm_omni.diffusion.encoders.vae import decode_latents
 from vllm_omni.diffusion.guidance import CombineRule, Guidance, classifier_free_norm_preserving
 from vllm_omni.diffusion.latents import initial_noise, pack_latents, unpack_latents
+from vllm_omni.diffusion.model_loader.components import load_autoencoder
 from vllm_omni.diffusion.model_loader.diffusers_loader import ComponentSource
 from vllm_omni.diffusion.models.qwen_image.qwen_image_transformer import QwenImageTransformer2DModel
 from vllm_omni.diffusion.request import OmniDiffusionRequest
@@ -39,6 +42,13 @@ def load_transformer(od_config: OmniDiffusionConfig) -> QwenImageTransformer2DMo
     """The transformer that the checkpoint describes, without its weights."""
     kwargs = get_transformer_config_kwargs(od_config.tf_model_config, QwenImageTransformer2DModel)
     return QwenImageTransformer2DModel(od_config=od_config, **kwargs)
+
+
+def load_vae(od_config: OmniDiffusionConfig) -> Any:
+    """The autoencoder, which was made for videos. These models encode and decode single frames."""
+    vae = load_autoencoder(AutoencoderKLQwenImage, od_config)
+    use_single_frame_convolutions(vae)
+    return vae
 
 
 def transformer_weights(od_config: OmniDiffusionConfig) -> list[ComponentSource]:

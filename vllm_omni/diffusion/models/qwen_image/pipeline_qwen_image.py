@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKLQwenImage
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
@@ -20,7 +19,7 @@ from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.encoders.prompt_cache import PromptEmbedCache
 from vllm_omni.diffusion.encoders.text import encode_templated_prompt
 from vllm_omni.diffusion.latents import check_given_latents
-from vllm_omni.diffusion.model_loader.components import load_autoencoder, load_text_encoder, load_tokenizer
+from vllm_omni.diffusion.model_loader.components import load_text_encoder, load_tokenizer
 from vllm_omni.diffusion.model_loader.weights import AutoWeightsLoader
 from vllm_omni.diffusion.models.qwen_image import common
 from vllm_omni.diffusion.postprocess import images_from_pixels
@@ -49,7 +48,7 @@ class QwenImagePipeline(nn.Module):
         self.tokenizer = load_tokenizer(Qwen2Tokenizer, od_config)
         # Vision tower and language head take no part in text to image, so they are not kept.
         self.text_encoder = load_text_encoder(Qwen2_5_VLForConditionalGeneration, od_config).model.language_model
-        self.vae = load_autoencoder(AutoencoderKLQwenImage, od_config)
+        self.vae = common.load_vae(od_config)
         self.transformer = common.load_transformer(od_config)
         self.weights_sources = common.transformer_weights(od_config)
         self.prompt_embed_cache = PromptEmbedCache.from_config(od_config)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKLQwenImage
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
@@ -21,7 +20,6 @@ from vllm_omni.diffusion.denoise import Conditions, DenoiseState, denoise
 from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.encoders.prompt_cache import PromptEmbedCache
 from vllm_omni.diffusion.model_loader.components import (
-    load_autoencoder,
     load_image_processor,
     load_text_encoder,
     load_tokenizer,
@@ -68,7 +66,7 @@ class QwenImageEditPlusPipeline(nn.Module):
         self.image_processor = load_image_processor(Qwen2VLImageProcessorPil, od_config)
         # The language head takes no part in editing, so it is not kept.
         self.text_encoder = load_text_encoder(Qwen2_5_VLForConditionalGeneration, od_config).model
-        self.vae = load_autoencoder(AutoencoderKLQwenImage, od_config)
+        self.vae = common.load_vae(od_config)
         self.transformer = common.load_transformer(od_config)
         self.weights_sources = common.transformer_weights(od_config)
         self.prompt_embed_cache = PromptEmbedCache.from_config(od_config)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKLQwenImage
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
@@ -26,7 +25,6 @@ from vllm_omni.diffusion.encoders.vision_language import PicturePrompts
 from vllm_omni.diffusion.guidance import classifier_free, classifier_free_norm_preserving
 from vllm_omni.diffusion.latents import check_given_latents, unpack_latents
 from vllm_omni.diffusion.model_loader.components import (
-    load_autoencoder,
     load_image_processor,
     load_text_encoder,
     load_tokenizer,
@@ -85,7 +83,7 @@ class QwenImageLayeredPipeline(nn.Module):
         self.tokenizer = load_tokenizer(Qwen2Tokenizer, od_config)
         self.image_processor = load_image_processor(Qwen2VLImageProcessorPil, od_config)
         self.text_encoder = load_text_encoder(Qwen2_5_VLForConditionalGeneration, od_config)
-        self.vae = load_autoencoder(AutoencoderKLQwenImage, od_config)
+        self.vae = common.load_vae(od_config)
         self.transformer = common.load_transformer(od_config)
         self.weights_sources = common.transformer_weights(od_config)
         self.prompt_embed_cache = PromptEmbedCache.from_config(od_config)
