@@ -6,12 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.encoders.vae import picture_pixels
 from vllm_omni.diffusion.models.wan2_2.checkpoint import WanCheckpoint
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import InvalidModelFolderError, InvalidRequestError, nearest_name
@@ -56,7 +55,7 @@ def prepare_picture(
     picture = load_images(given["image"], param="image")[0]
     _resolve_size(request, picture, checkpoint)
     params = request.sampling_params
-    request.extra[PIXELS] = _pixels(picture.resize((params.width, params.height), Image.Resampling.LANCZOS))
+    request.extra[PIXELS] = picture_pixels(picture.resize((params.width, params.height), Image.Resampling.LANCZOS))
     if image_processor is not None:
         request.extra[IMAGE_ENCODER_PIXELS] = image_processor(picture, return_tensors="pt").pixel_values
     return request
@@ -78,9 +77,3 @@ def _resolve_size(request: OmniDiffusionRequest, picture: Image.Image, checkpoin
 
 def _rounded(side: float, multiple: int) -> int:
     return max(multiple, round(side / multiple) * multiple)
-
-
-def _pixels(picture: Image.Image) -> torch.Tensor:
-    """``[1, 3, 1, height, width] in [-1, 1]`` in float32: one frame."""
-    values = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)
-    return (2 * values - 1).permute(2, 0, 1)[None, :, None]
