@@ -193,7 +193,7 @@ def test_random_weights_need_only_the_configurations(qwen_folder, tmp_path):
     with Omni(str(configurations), load_format="dummy") as omni:
         output = omni.generate(embeds, params(output_type="latent"))[0]
         assert torch.isfinite(output.images[0]).all()
-        with pytest.raises(GenerationError, match="give prompt_embeds instead of prompt"):
+        with pytest.raises(InvalidRequestError, match="give prompt_embeds instead of prompt"):
             omni.generate("a cat", params())
 
 

@@ -160,6 +160,9 @@ def _in_order(order: Sequence[str], outputs: dict[str, OmniRequestOutput]) -> li
     ordered = [outputs[request_id] for request_id in order]
     failed = [output for output in ordered if output.error is not None]
     if failed:
+        if len(ordered) == 1 and isinstance(failed[0].error, InvalidRequestError):
+            # A text's length is known only to the tokenizer; to the caller it is bad input like any other.
+            raise failed[0].error
         others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise GenerationError(
             f"{failed[0].request_id} failed: {failed[0].error}{others}; the exception's outputs hold what finished",

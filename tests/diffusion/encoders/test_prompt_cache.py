@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import tiny_qwen_edit
+from tests import tiny_flux, tiny_qwen_edit, tiny_wan
 from tests.tiny_qwen_edit import picture
 from vllm_omni import Omni, OmniDiffusionSamplingParams
 from vllm_omni.diffusion.encoders.prompt_cache import PromptEmbedCache, pictures_key
 from vllm_omni.diffusion.models.qwen_image import pipeline_qwen_image_edit
 from vllm_omni.diffusion.models.qwen_image.pipeline_qwen_image import QwenImagePipeline
-from vllm_omni.errors import FeatureNotAvailableError, GenerationError, InvalidConfigError
+from vllm_omni.errors import FeatureNotAvailableError, InvalidConfigError, InvalidRequestError
 
 
 class Encoder:
@@ -100,6 +100,18 @@ def test_a_repeated_negative_prompt_is_encoded_once_and_results_are_the_same_to_
     assert "enable_prompt_embed_cache" not in expected[0].receipt.accelerations
 
 
+@pytest.mark.parametrize(("build", "num_texts"), [(tiny_flux.flux, 2), (tiny_wan.wan_t2v, 1)])
+def test_every_family_encodes_a_repeated_text_once(build, num_texts, tmp_path, monkeypatch):
+    """FLUX.1 has two encoders, so it keeps two entries of a text."""
+    folder = build(tmp_path / "model")
+    with Omni(str(folder), enable_prompt_embed_cache=True) as omni:
+        values = params(height=32, width=32, guidance_scale=1.0)
+        first, again = omni.generate(["a cat", "a cat"], values)
+        cache = omni._engine._executor._worker._runner.pipeline.prompt_embed_cache
+        assert len(cache) == num_texts
+    assert torch.equal(first.images[0], again.images[0])
+
+
 def test_without_the_option_every_text_is_encoded(qwen_omni, monkeypatch):
     calls = counted_texts(qwen_omni, monkeypatch)
     qwen_omni.generate([{"prompt": "a cat", "negative_prompt": "a cat"}] * 2, params(height=32, width=32))
@@ -109,7 +121,7 @@ def test_without_the_option_every_text_is_encoded(qwen_omni, monkeypatch):
 def test_a_limit_that_a_kept_text_exceeds_is_still_an_error(qwen_folder):
     with Omni(str(qwen_folder), enable_prompt_embed_cache=True) as omni:
         omni.generate("a cat", params(height=32, width=32))
-        with pytest.raises(GenerationError, match="max_sequence_length is 2"):
+        with pytest.raises(InvalidRequestError, match="max_sequence_length is 2"):
             omni.generate("a cat", params(height=32, width=32, max_sequence_length=2))
 
 

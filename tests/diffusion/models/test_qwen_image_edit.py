@@ -21,7 +21,7 @@ from tests.parity import BF16_TOLERANCE, assert_same_latents, assert_same_pictur
 from tests.tiny_qwen_edit import picture
 from vllm_omni import Omni, OmniDiffusionSamplingParams
 from vllm_omni.diffusion.models.qwen_image import pipeline_qwen_image_edit
-from vllm_omni.errors import GenerationError, InvalidRequestError
+from vllm_omni.errors import InvalidRequestError
 
 SHORT, LONG = "make it blue", "turn this cat into a dog that holds a sign {braces}, left of the circle"
 AREA = 80 * 80
@@ -136,7 +136,7 @@ def test_random_weights_run_on_embeddings_where_a_processor_is_missing(folder, t
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare, ignore=lambda _, names: [name for name in names if name == missing])
     with Omni(str(bare), load_format="dummy") as omni:
-        with pytest.raises(GenerationError, match="give prompt_embeds instead of prompt"):
+        with pytest.raises(InvalidRequestError, match="give prompt_embeds instead of prompt"):
             omni.generate(edit(WIDE), params())
         prompt = {"prompt_embeds": torch.ones(4, 32), "multi_modal_data": {"image": WIDE}}
         assert torch.isfinite(stacked(omni.generate(prompt, params())[0])).all()
@@ -251,5 +251,5 @@ def test_a_text_is_too_long_by_its_own_tokens_and_not_by_those_of_the_picture(om
     without_picture = tiny_qwen_edit.EDIT_TEMPLATE.replace("<|image_pad|>", "").replace("{}", LONG)
     num_tokens = len(reference.tokenizer(without_picture).input_ids) - 64
     omni.generate(edit(WIDE, LONG), params(max_sequence_length=num_tokens))
-    with pytest.raises(GenerationError, match=f"prompt has {num_tokens} tokens"):
+    with pytest.raises(InvalidRequestError, match=f"prompt has {num_tokens} tokens"):
         omni.generate(edit(WIDE, LONG), params(max_sequence_length=num_tokens - 1))

@@ -19,6 +19,7 @@ from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig, Reque
 from vllm_omni.diffusion.denoise import Conditions, DenoiseState, denoise
 from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.encoders.clip import encode_pooled_prompt
+from vllm_omni.diffusion.encoders.prompt_cache import PromptEmbedCache
 from vllm_omni.diffusion.encoders.t5 import encode_padded_prompt
 from vllm_omni.diffusion.encoders.vae import decode_scaled_latents
 from vllm_omni.diffusion.guidance import Guidance, classifier_free
@@ -59,6 +60,7 @@ class FluxPipeline(nn.Module):
 
     # T5 pads every prompt to max_sequence_length, and the transformer attends to the padding: nothing is masked.
     sequence_conditions: ClassVar[Mapping[str, str]] = {}
+    caches_prompt_embeds: ClassVar[bool] = True
 
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
         super().__init__()
@@ -81,6 +83,7 @@ class FluxPipeline(nn.Module):
                 model_or_path=od_config.model, subfolder="transformer", prefix="transformer."
             )
         ]
+        self.prompt_embed_cache = PromptEmbedCache.from_config(od_config)
 
     @classmethod
     def request_spec(cls, od_config: OmniDiffusionConfig) -> RequestSpec:
@@ -162,10 +165,14 @@ class FluxPipeline(nn.Module):
                 )
             text = str(request.prompt.get(fields.text))
             max_length = request.sampling_params.max_sequence_length
-            embeds = encode_padded_prompt(
-                self.text_encoder_2, self.tokenizer_2, text, max_length=max_length, param=fields.text
+            cache = self.prompt_embed_cache
+            embeds = cache.get(
+                ("embeds", text, max_length),
+                lambda: encode_padded_prompt(
+                    self.text_encoder_2, self.tokenizer_2, text, max_length=max_length, param=fields.text
+                ),
             )
-            pooled = encode_pooled_prompt(self.text_encoder, self.tokenizer, text)
+            pooled = cache.get(("pooled", text), lambda: encode_pooled_prompt(self.text_encoder, self.tokenizer, text))
         return {
             "encoder_hidden_states": embeds.to(self.device, self.dtype).view(1, -1, embeds.shape[-1]),
             "pooled_projections": pooled.to(self.device, self.dtype).view(1, -1),

@@ -20,6 +20,7 @@ from transformers import T5TokenizerFast, UMT5EncoderModel
 from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig, RequestSpec, SameAs
 from vllm_omni.diffusion.denoise import Conditions, DenoiseState, denoise
 from vllm_omni.diffusion.distributed.utils import get_local_device
+from vllm_omni.diffusion.encoders.prompt_cache import PromptEmbedCache
 from vllm_omni.diffusion.encoders.text import (
     check_prompt_embeds,
     clean_text,
@@ -62,6 +63,7 @@ class WanPipeline(nn.Module):
 
     # Padded text tokens take part in attention, so that requests of different lengths cannot be padded to one.
     sequence_conditions: ClassVar[Mapping[str, str]] = {}
+    caches_prompt_embeds: ClassVar[bool] = True
 
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = "") -> None:
         super().__init__()
@@ -74,6 +76,7 @@ class WanPipeline(nn.Module):
         self.tokenizer = load_tokenizer(T5TokenizerFast, od_config)
         self.text_encoder = load_text_encoder(UMT5EncoderModel, od_config)
         self.vae = load_autoencoder(AutoencoderKLWan, od_config)
+        self.prompt_embed_cache = PromptEmbedCache.from_config(od_config)
         self.weights_sources = []
         for name in _EXPERTS if self.checkpoint.boundary_ratio is not None else _EXPERTS[:1]:
             config = get_transformer_config_kwargs(od_config.component_config(name), WanTransformer3DModel)
@@ -184,12 +187,12 @@ class WanPipeline(nn.Module):
             return zero_padded(given.to(self.device, self.dtype).view(1, -1, given.shape[-1]), max_length)
         if self.tokenizer is None:
             raise InvalidRequestError(f"the model has no tokenizer; give {embeds} instead of {text}", param=text)
-        return encode_zero_padded_prompt(
-            self.text_encoder,
-            self.tokenizer,
-            clean_text(str(request.prompt.get(text, ""))),
-            max_length=max_length,
-            param=text,
+        cleaned = clean_text(str(request.prompt.get(text, "")))
+        return self.prompt_embed_cache.get(
+            (cleaned, max_length),
+            lambda: encode_zero_padded_prompt(
+                self.text_encoder, self.tokenizer, cleaned, max_length=max_length, param=text
+            ),
         )
 
     def _initial_latents(self, request: OmniDiffusionRequest) -> torch.Tensor:
