@@ -24,7 +24,7 @@ from vllm_omni.entrypoints.omni import SHIPPED_MODEL
 PROMPTS = [
     "a red circle on a blue background",
     "a large green square left of a small purple star on a white background",
-    "a yellow triangle above a black circle on a gray background",
+    "a yellow triangle above a white circle on a black background",
     "a small orange star on a white background",
 ]
 
