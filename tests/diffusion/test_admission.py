@@ -68,6 +68,12 @@ def test_a_size_off_the_grid_is_refused_with_the_nearest(name, value, nearest):
         admitted(**{name: value})
 
 
+def test_a_size_that_no_memory_holds_is_refused():
+    assert admitted(height=4096, width=4096).sampling_params.height == 4096
+    with pytest.raises(InvalidRequestError, match=r"268,435,456 pixels; at most 16,777,216 \(4096 x 4096\)"):
+        admitted(height=16384, width=16384)
+
+
 def test_a_drawn_seed_is_told_and_differs_each_time():
     seeds = {admitted().sampling_params.seed for _ in range(8)}
     assert len(seeds) == 8

@@ -19,6 +19,7 @@ OUTPUT_TYPES: tuple[OutputType, ...] = ("pil", "np", "pt", "latent")
 # torch.Generator takes seeds up to 2**64 - 1, but JSON clients keep integers exact only within 63 bits.
 MAX_SEED = 2**63 - 1
 MAX_SIDE = 16384
+MAX_PIXELS = 4096 * 4096  # of one picture or frame
 MAX_STEPS = 10_000
 MAX_OUTPUTS = 256
 

@@ -15,7 +15,7 @@ from typing import Any
 from vllm_omni.diffusion.data import OmniDiffusionConfig, RequestSpec, SameAs, read_json
 from vllm_omni.diffusion.request import OmniDiffusionRequest, new_request_id
 from vllm_omni.errors import InvalidModelFolderError, InvalidRequestError
-from vllm_omni.inputs.data import MAX_SEED, OmniDiffusionSamplingParams, normalize_prompt
+from vllm_omni.inputs.data import MAX_PIXELS, MAX_SEED, OmniDiffusionSamplingParams, normalize_prompt
 
 SAMPLING_DEFAULTS_FILE = "sampling_defaults.json"
 
@@ -111,6 +111,7 @@ def _resolve_model_parameters(request: OmniDiffusionRequest, spec: RequestSpec) 
             setattr(params, name, resolved)
     for name in ("height", "width"):
         _check_multiple(name, getattr(params, name), spec.size_multiple)
+    _check_area(params)
     if spec.check is not None:
         spec.check(request)
 
@@ -175,6 +176,18 @@ def _check_multiple(name: str, value: int, multiple: int) -> None:
         nearest = max(multiple, round(value / multiple) * multiple)
         raise InvalidRequestError(
             f"{name}={value} must be a multiple of {multiple}; the nearest is {nearest}", param=name
+        )
+
+
+def _check_area(params: OmniDiffusionSamplingParams) -> None:
+    """A size that no model makes and no memory holds would end the process rather than the request."""
+    assert params.height is not None, "the spec of a model resolves its size"
+    assert params.width is not None, "the spec of a model resolves its size"
+    if params.height * params.width > MAX_PIXELS:
+        raise InvalidRequestError(
+            f"height={params.height} and width={params.width} make {params.height * params.width:,} pixels; at most"
+            f" {MAX_PIXELS:,} (4096 x 4096) are taken",
+            param="height",
         )
 
 
