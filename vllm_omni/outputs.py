@@ -35,6 +35,14 @@ class RequestMetrics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepCacheUse:
+    """What a step cache did for a request. A forward is that of one output of one branch at one step."""
+
+    num_forwards: int
+    num_skipped: int  # forwards whose blocks, or most of them, were skipped
+
+
+@dataclass(frozen=True, kw_only=True)
 class Receipt:
     """What really ran, after all defaults."""
 
@@ -51,6 +59,7 @@ class Receipt:
     num_frames: int | None = None  # of a video
     fps: float | None = None  # at which a video is meant to be shown
     accelerations: tuple[str, ...] = ()
+    step_cache: StepCacheUse | None = None  # None without one
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,8 +29,6 @@ PLANNED = {
     "ring_degree": 2,
     "data_parallel_size": 2,
     "use_hsdp": True,
-    "cache_backend": "tea_cache",
-    "cache_config": {"rel_l1_thresh": 0.2},
     "enable_cpu_offload": True,
     "quantization": "fp8",
     "enforce_eager": False,

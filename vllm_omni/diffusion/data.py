@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from vllm_omni.diffusion.cache_config import CACHE_BACKENDS, StepCacheConfig, step_cache_config
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import (
     FeatureNotAvailableError,
@@ -39,6 +40,14 @@ def _planned(default: Any, feature: str, **extra: Any) -> Any:
     return field(default=default, metadata={"help": f"{feature} (not available yet)", "planned": feature, **extra})
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """Raises ``ValueError`` for a text that is not a JSON object."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"{text!r} is not a JSON object")
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiffusionParallelConfig:
     """How many ranks share the work, and how."""
@@ -56,8 +65,23 @@ class DiffusionParallelConfig:
 class CacheConfig:
     """Skipping of transformer work between similar steps."""
 
-    cache_backend: Literal["tea_cache", "cache_dit"] | None = _planned(None, "step caching")
-    cache_config: Mapping[str, Any] | None = _planned(None, "step caching", cli=False)
+    cache_backend: Literal["tea_cache", "cache_dit"] | None = _option(
+        None, "step cache, which skips blocks of the transformer at steps that change little", choices=CACHE_BACKENDS
+    )
+    cache_config: Mapping[str, Any] | None = _option(
+        None, "options of the step cache as a JSON object, as in '{\"rel_l1_thresh\": 0.2}'", parse=json_object
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.cache_config, Mapping):
+            # A copy: what the caller does with his own must not change a configuration that was checked.
+            object.__setattr__(self, "cache_config", dict(self.cache_config))
+        step_cache_config(self.cache_backend, self.cache_config)
+
+    @property
+    def step_cache(self) -> StepCacheConfig | None:
+        """The cache's own options, with their defaults; None without a cache."""
+        return step_cache_config(self.cache_backend, self.cache_config)
 
 
 @dataclass(frozen=True, kw_only=True)

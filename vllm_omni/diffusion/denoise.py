@@ -18,6 +18,8 @@ import torch
 from vllm_omni.diffusion.data import DiffusionOutput
 from vllm_omni.diffusion.guidance import CombineRule, Guidance
 from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.diffusion.sequences import concatenate, pad_sequences
+from vllm_omni.diffusion.step_memory import ForwardRow, StepMemory, forward_rows
 
 # Inputs of one branch. Tensors have one row, shared by all outputs of the request, or one row per output.
 # Anything else (a shape, a flag) must be hashable, and requests share a forward only if it is equal.
@@ -76,7 +78,7 @@ class DenoiseState:
     step_index: int = 0
     coefficients: torch.Tensor = field(init=False)  # [T, K], the sampler's
     history: History = field(init=False)  # the sampler's, [N, ...] each
-    cache: dict[str, Any] = field(default_factory=dict)  # a step cache's
+    cache: StepMemory = field(default_factory=StepMemory)  # a step cache's
 
     def __post_init__(self) -> None:
         assert len(self.step_conditions) in (0, self.num_steps), "step_conditions has one entry per step, or none"
@@ -130,6 +132,10 @@ class _Rows:
             return branch
         return {**branch, **self.state.step_conditions[self.state.step_index]}
 
+    def forward_rows(self) -> list[ForwardRow]:
+        state, outputs = self.state, range(self.start, self.stop)
+        return [ForwardRow(state.cache, self.branch, output, state.step_index, state.num_steps) for output in outputs]
+
 
 def denoise_step(states: Sequence[DenoiseState], pipeline: SteppedPipeline, max_batch_size: int = 16) -> None:
     """Advance every state by one step, in forwards of at most ``max_batch_size`` rows.
@@ -145,6 +151,7 @@ def denoise_step(states: Sequence[DenoiseState], pipeline: SteppedPipeline, max_
             state.latents = rows
             state.history = {name: values[index] for name, values in remembered.items()}
             state.step_index += 1
+            state.cache.commit_step()
 
 
 def denoise(pipeline: SteppedPipeline, request: OmniDiffusionRequest) -> DiffusionOutput:
@@ -161,6 +168,8 @@ def _predict(
 ) -> dict[tuple[int, int], torch.Tensor]:
     """Prediction ``[N, ...]`` of each branch of each state, by ``(id(state), branch)``."""
     pieces: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for state in states:
+        state.cache.begin_step()
     rows = [
         _Rows(state, branch, start, min(start + max_batch_size, state.num_outputs))
         for state in states
@@ -169,15 +178,16 @@ def _predict(
     ]
     for group in _alike(rows, lambda item: _forward_key(item, pipeline.sequence_conditions)):
         for batch in _batches(group, max_batch_size):
-            prediction = pipeline.predict(
-                _concatenate([item.state.latents[item.start : item.stop] for item in batch]),
-                _per_row(batch, [item.state.timesteps for item in batch]),
-                _collate(batch, pipeline.sequence_conditions),
-            )
+            with forward_rows([row for item in batch for row in item.forward_rows()]):
+                prediction = pipeline.predict(
+                    concatenate([item.state.latents[item.start : item.stop] for item in batch]),
+                    _per_row(batch, [item.state.timesteps for item in batch]),
+                    _collate(batch, pipeline.sequence_conditions),
+                )
             counts = [item.stop - item.start for item in batch]
             for item, piece in zip(batch, prediction.split(counts), strict=True):
                 pieces.setdefault((id(item.state), item.branch), []).append(piece)
-    return {key: _concatenate(parts) for key, parts in pieces.items()}
+    return {key: concatenate(parts) for key, parts in pieces.items()}
 
 
 def _step(
@@ -186,10 +196,10 @@ def _step(
     """Combine the branches and take the sampler's step, for all outputs of ``states`` at once: ``[sum N, ...]``."""
     first = states[0]
     rows = [_Rows(state, 0, 0, state.num_outputs) for state in states]
-    latents = _concatenate([state.latents for state in states])
+    latents = concatenate([state.latents for state in states])
     column = (-1,) + (1,) * (latents.dim() - 1)
     branches = [
-        _concatenate([predictions[id(state), branch] for state in states]).float()
+        concatenate([predictions[id(state), branch] for state in states]).float()
         for branch in range(len(first.branches))
     ]
     if first.guidance is None:
@@ -198,7 +208,7 @@ def _step(
         scales = [state.guidance.scale for state in states if state.guidance is not None]
         prediction = first.guidance.combine(branches, _per_row(rows, scales).view(column))
     coefficients = _per_row(rows, [state.coefficients for state in states])
-    history = {name: _concatenate([state.history[name] for state in states]) for name in first.history}
+    history = {name: concatenate([state.history[name] for state in states]) for name in first.history}
     return first.sampler.step(latents, prediction, coefficients.view(*coefficients.shape, *column[1:]), history)
 
 
@@ -255,8 +265,8 @@ def _collate(batch: Sequence[_Rows], sequence_conditions: Mapping[str, str]) -> 
         parts = [_expand(item.conditions[name], item) for item in batch]
         mask_name = sequence_conditions.get(name)
         if mask_name is not None:
-            parts, collated[mask_name] = _pad(parts)
-        collated[name] = _concatenate(parts)
+            parts, collated[mask_name] = pad_sequences(parts)
+        collated[name] = concatenate(parts)
     return collated
 
 
@@ -266,29 +276,10 @@ def _expand(value: torch.Tensor, item: _Rows) -> torch.Tensor:
     return value[item.start : item.stop]
 
 
-def _pad(parts: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """``[n_i, L_i, D] -> [n_i, max L, D]`` each, and the mask ``[sum n_i, max L]``; no mask if nothing is padded."""
-    lengths = [part.shape[1] for part in parts]
-    longest = max(lengths)
-    if min(lengths) == longest:
-        return parts, None
-    mask = parts[0].new_zeros((sum(part.shape[0] for part in parts), longest), dtype=torch.bool)
-    padded, row = [], 0
-    for part in parts:
-        mask[row : row + part.shape[0], : part.shape[1]] = True
-        row += part.shape[0]
-        padded.append(torch.nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])))
-    return padded, mask
-
-
 def _per_row(batch: Sequence[_Rows], tables: Sequence[torch.Tensor]) -> torch.Tensor:
     """The entry of each state's table ``[T, ...]`` at its current step, one per row: ``[B, ...]``."""
     entries = []
     for item, table in zip(batch, tables, strict=True):
         index = item.state.step_index
         entries.append(table[index : index + 1].expand(item.stop - item.start, *table.shape[1:]))
-    return _concatenate(entries)
-
-
-def _concatenate(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    return concatenate(entries)

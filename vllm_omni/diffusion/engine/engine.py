@@ -19,7 +19,7 @@ from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerOutput
 from vllm_omni.diffusion.worker.model_runner import is_stepped
 from vllm_omni.errors import EngineClosedError, InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
-from vllm_omni.outputs import FinishReason, OmniRequestOutput, Receipt, RequestMetrics, StepProgress
+from vllm_omni.outputs import FinishReason, OmniRequestOutput, Receipt, RequestMetrics, StepCacheUse, StepProgress
 
 
 @dataclass(kw_only=True)
@@ -164,13 +164,14 @@ class Engine:
             finished=reason == "completed",
             finish_reason=reason,
             metrics=metrics,
-            receipt=self._receipt(request) if reason == "completed" else None,
+            receipt=self._receipt(request, finished) if reason == "completed" else None,
             error=error,
         )
 
-    def _receipt(self, request: OmniDiffusionRequest) -> Receipt:
+    def _receipt(self, request: OmniDiffusionRequest, finished: WorkerOutput | None) -> Receipt:
         config, params = self.od_config, request.sampling_params
         seeds = request.seeds
+        step_cache = None if finished is None else finished.step_cache
         return Receipt(
             model=config.model,
             pipeline=config.model_class_name,
@@ -184,7 +185,8 @@ class Engine:
             guidance=_guidance_text(params, self._cfg_parameters),
             num_frames=params.num_frames,
             fps=params.fps,
-            accelerations=_accelerations(config),
+            accelerations=_accelerations(config, step_cache),
+            step_cache=step_cache,
         )
 
 
@@ -225,10 +227,13 @@ def _built(make_function: Callable[..., Any] | None, od_config: OmniDiffusionCon
     return None if make_function is None else make_function(od_config)
 
 
-def _accelerations(config: OmniDiffusionConfig) -> tuple[str, ...]:
+def _accelerations(config: OmniDiffusionConfig, step_cache: StepCacheUse | None) -> tuple[str, ...]:
     names = [name for name in ("vae_use_slicing", "vae_use_tiling") if getattr(config.memory, name)]
     if config.enable_prompt_embed_cache:
         names.append("enable_prompt_embed_cache")
+    if step_cache is not None:
+        counts = f"skipped {step_cache.num_skipped} of {step_cache.num_forwards} forwards"
+        names.append(f"{config.cache.cache_backend}: {counts}")
     return tuple(names)
 
 

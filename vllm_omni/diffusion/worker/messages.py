@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.outputs import StepCacheUse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class WorkerOutput:
     output: Any
     times: StageTimes
     peak_memory_bytes: int
+    step_cache: StepCacheUse | None = None
 
 
 @dataclass(kw_only=True)

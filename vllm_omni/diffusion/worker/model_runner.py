@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vllm_omni.diffusion.attention.layer import Attention
+from vllm_omni.diffusion.cache import apply_cache, check_cache
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.denoise import DenoiseState, denoise_step
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader, LoadProgress
@@ -19,6 +20,7 @@ from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.messages import StageTimes, WorkerCommand, WorkerOutput, WorkerResult
 from vllm_omni.errors import FeatureNotAvailableError, InsufficientMemoryError, NonFiniteOutputError
+from vllm_omni.outputs import StepCacheUse
 from vllm_omni.platforms import get_platform
 
 # The host may queue this many steps before the device has done the first of them: enough to keep the device busy,
@@ -49,8 +51,10 @@ class ModelRunner:
                 f"enable_prompt_embed_cache=True: {pipeline_class.__name__} encodes its prompts without a cache; leave"
                 " the option out"
             )
-        self.pipeline: Any = DiffusersPipelineLoader(od_config, on_load_progress).load_model(pipeline_class)
         self._is_stepped = is_stepped(pipeline_class)
+        check_cache(od_config, is_stepped=self._is_stepped)
+        self.pipeline: Any = DiffusersPipelineLoader(od_config, on_load_progress).load_model(pipeline_class)
+        apply_cache(self.pipeline, od_config)
         self._running: dict[str, _Running] = {}
         self._steps_ahead: deque[Callable[[], None]] = deque()
 
@@ -124,8 +128,16 @@ class ModelRunner:
             output = output.cpu()
         running.times.decode_s = time.perf_counter() - started
         result.finished[request_id] = WorkerOutput(
-            output=output, times=running.times, peak_memory_bytes=self._platform.peak_memory()
+            output=output,
+            times=running.times,
+            peak_memory_bytes=self._platform.peak_memory(),
+            step_cache=self._step_cache_use(running.state),
         )
+
+    def _step_cache_use(self, state: DenoiseState | None) -> StepCacheUse | None:
+        if state is None or self._config.cache.cache_backend is None:
+            return None
+        return StepCacheUse(num_forwards=state.cache.num_forwards, num_skipped=state.cache.num_skipped)
 
     def _decode(self, running: _Running) -> torch.Tensor:
         state = running.state

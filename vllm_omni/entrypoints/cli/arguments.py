@@ -14,15 +14,16 @@ from typing import Any
 def add_field_arguments(parser: Any, owners: Iterable[tuple[type, dataclasses.Field[Any]]]) -> None:
     """One option for each field: its name with dashes, its ``aliases``, its ``choices`` and its ``help``.
 
-    An option that is not given stays out of the result. Fields with ``cli=False`` have none; those of a feature that
-    does not exist yet have one without help, so that asking for it gets the engine's answer.
+    A field with ``parse``, a function, reads its text by it. An option that is not given stays out of the result.
+    Fields with ``cli=False`` have none; those of a feature that does not exist yet have one without help, so that
+    asking for it gets the engine's answer.
     """
     for owner, field in owners:
         metadata = field.metadata
         if metadata.get("cli") is False:
             continue
         flags = [f"--{field.name.replace('_', '-')}", *metadata.get("aliases", ())]
-        kind = _value_type(typing.get_type_hints(owner)[field.name])
+        kind = metadata.get("parse", _value_type(typing.get_type_hints(owner)[field.name]))
         arguments: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
         arguments["help"] = argparse.SUPPRESS if "planned" in metadata else _help(field)
         if kind is bool:

@@ -25,6 +25,7 @@ from vllm_omni.diffusion.layers.joint_attention import JointAttention
 from vllm_omni.diffusion.layers.linear import MergedColumnParallelLinear, MergedRowParallelLinear, ReplicatedLinear
 from vllm_omni.diffusion.layers.norm import RMSNorm, gated_residual
 from vllm_omni.diffusion.layers.rope import QKNormRope, rope_angles
+from vllm_omni.diffusion.staged_forward import BlockSpan, RowInputs, StagedForward, Streams
 from vllm_omni.errors import InvalidModelFolderError
 
 _TIMESTEP_CHANNELS = 256
@@ -236,16 +237,51 @@ class FluxTransformer2DModel(nn.Module):
         ``image [B, I, C], text [B, T, J], pooled [B, P], timestep [B] in [0, 1], guidance [B] -> [B, I, C]``.
         ``img_shapes`` is shared by all rows; the image tokens are those of its pictures, one after the other.
         """
+        return self.stages(
+            hidden_states, encoder_hidden_states, pooled_projections, timestep, img_shapes, guidance
+        ).run()
+
+    def stages(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor,
+        timestep: torch.Tensor,
+        img_shapes: tuple[ImageShape, ...],
+        guidance: torch.Tensor | None = None,
+    ) -> StagedForward:
+        """The forward of these inputs in its parts. Its streams are image and text, then one of both."""
         num_text = encoder_hidden_states.shape[1]
         rope = joint_rope(img_shapes, num_text, self.axes_dims_rope, hidden_states.device)
-        hidden_states = self.x_embedder(hidden_states)
-        encoder_hidden_states = self.context_embedder(encoder_hidden_states)
+        image = self.x_embedder(hidden_states)
+        text = self.context_embedder(encoder_hidden_states)
         embedding = self.time_text_embed(timestep, guidance, pooled_projections)
         conditioning = F.silu(embedding)
-        for block in self.transformer_blocks:
-            hidden_states, encoder_hidden_states = block(hidden_states, encoder_hidden_states, conditioning, rope)
-        tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        for block in self.single_transformer_blocks:
-            tokens = block(tokens, conditioning, rope)
-        output: torch.Tensor = self.proj_out(self.norm_out(tokens[:, num_text:], embedding))
-        return output
+
+        def run_double(block: nn.Module, streams: Streams, row_inputs: RowInputs) -> Streams:
+            output: Streams = block(*streams, row_inputs[0], rope)
+            return output
+
+        def run_single(block: nn.Module, streams: Streams, row_inputs: RowInputs) -> Streams:
+            return (block(*streams, row_inputs[0], rope),)
+
+        def modulated_input() -> torch.Tensor:
+            block = self.transformer_blocks[0]
+            modulated: torch.Tensor = block.norm(image, block.norm1(conditioning)[0])[0]
+            return modulated
+
+        return StagedForward(
+            streams=(image, text),
+            row_inputs=(conditioning, embedding),
+            spans=(
+                BlockSpan(blocks=self.transformer_blocks, call=run_double),
+                BlockSpan(
+                    blocks=self.single_transformer_blocks,
+                    call=run_single,
+                    enter=lambda streams: (torch.cat([streams[1], streams[0]], dim=1),),
+                ),
+            ),
+            modulated_input=modulated_input,
+            output_tokens=lambda streams: streams[0][:, num_text:],
+            finish=lambda tokens, row_inputs: self.proj_out(self.norm_out(tokens, row_inputs[1])),
+        )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from vllm_omni.diffusion.layers.joint_attention import JointAttention
 from vllm_omni.diffusion.layers.linear import ReplicatedLinear
 from vllm_omni.diffusion.layers.norm import RMSNorm, gated_residual
 from vllm_omni.diffusion.layers.rope import rope_angles
+from vllm_omni.diffusion.staged_forward import BlockSpan, RowInputs, StagedForward, Streams
 from vllm_omni.errors import InvalidModelFolderError
 
 _TIMESTEP_CHANNELS = 256
@@ -225,29 +227,59 @@ class QwenImageTransformer2DModel(nn.Module):
         ``image [B, I, C], text [B, T, J], timestep [B] in [0, 1], mask [B, T], guidance [B] -> [B, I, C]``.
         ``img_shapes`` is shared by all rows. Masked text tokens change nothing. ``additional_t_cond`` is ``[B]``.
         """
+        return self.stages(
+            hidden_states,
+            encoder_hidden_states,
+            timestep,
+            img_shapes,
+            encoder_hidden_states_mask,
+            guidance,
+            additional_t_cond,
+        ).run()
+
+    def stages(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        img_shapes: tuple[ImageShape, ...],
+        encoder_hidden_states_mask: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
+        additional_t_cond: torch.Tensor | None = None,
+    ) -> StagedForward:
+        """The forward of these inputs in its parts. Its streams are image and text."""
         num_image, device = hidden_states.shape[1], hidden_states.device
         num_text = encoder_hidden_states.shape[1]
         rope = joint_rope(img_shapes, num_text, self.axes_dims_rope, device, self.use_layer3d_rope)
         attn_mask = None
         if encoder_hidden_states_mask is not None:
             attn_mask = F.pad(encoder_hidden_states_mask, (0, num_image), value=True)
-        hidden_states = self.img_in(hidden_states)
-        encoder_hidden_states = self.txt_in(self.txt_norm(encoder_hidden_states))
-        embedding = self.time_text_embed(timestep, guidance, additional_t_cond, hidden_states.dtype)
+        image = self.img_in(hidden_states)
+        text = self.txt_in(self.txt_norm(encoder_hidden_states))
+        embedding = self.time_text_embed(timestep, guidance, additional_t_cond, image.dtype)
         conditioning = F.silu(embedding)
         clean_conditioning, modulate_index = None, None
         if self.zero_cond_t:
-            clean = self.time_text_embed(torch.zeros_like(timestep), guidance, additional_t_cond, hidden_states.dtype)
+            clean = self.time_text_embed(torch.zeros_like(timestep), guidance, additional_t_cond, image.dtype)
             clean_conditioning, modulate_index = F.silu(clean), modulation_index(img_shapes, device)
-        for block in self.transformer_blocks:
-            hidden_states, encoder_hidden_states = block(
-                hidden_states,
-                encoder_hidden_states,
-                conditioning,
-                rope,
-                attn_mask,
-                clean_conditioning,
-                modulate_index,
-            )
-        output: torch.Tensor = self.proj_out(self.norm_out(hidden_states, embedding))
-        return output
+
+        def run_block(block: nn.Module, streams: Streams, row_inputs: RowInputs) -> Streams:
+            conditioning, _, attn_mask, clean_conditioning = row_inputs
+            output: Streams = block(*streams, conditioning, rope, attn_mask, clean_conditioning, modulate_index)
+            return output
+
+        def modulated_input() -> torch.Tensor:
+            # Tokens that are modulated as at timestep 0 would only dilute the change between two steps.
+            noisy = image[:, : math.prod(img_shapes[0])] if self.zero_cond_t else image
+            block: Any = self.transformer_blocks[0]
+            modulated: torch.Tensor = block.norm(noisy, block.img_mod[1](conditioning).chunk(2, dim=-1)[0])[0]
+            return modulated
+
+        return StagedForward(
+            streams=(image, text),
+            row_inputs=(conditioning, embedding, attn_mask, clean_conditioning),
+            spans=(BlockSpan(blocks=self.transformer_blocks, call=run_block),),
+            modulated_input=modulated_input,
+            output_tokens=lambda streams: streams[0],
+            finish=lambda tokens, row_inputs: self.proj_out(self.norm_out(tokens, row_inputs[1])),
+        )

@@ -30,6 +30,7 @@ from vllm_omni.diffusion.layers.linear import (
 )
 from vllm_omni.diffusion.layers.norm import RMSNorm, gated_residual, layer_norm_modulate
 from vllm_omni.diffusion.layers.rope import RotaryEmbedding, rope_angles
+from vllm_omni.diffusion.staged_forward import BlockSpan, RowInputs, StagedForward, Streams
 from vllm_omni.errors import InvalidModelFolderError
 
 _NUM_MODULATIONS = 6
@@ -305,23 +306,49 @@ class WanTransformer3DModel(nn.Module):
         -> [B, C, F, H, W]``. With ``[B, G]`` each of G equal runs of tokens has a timestep of its own: one per
         frame, or one per token.
         """
+        return self.stages(hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image).run()
+
+    def stages(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states_image: torch.Tensor | None = None,
+    ) -> StagedForward:
+        """The forward of these inputs in its parts. Its only stream is the video."""
         sizes = zip(hidden_states.shape[2:], self.patch_size, strict=True)
         frames, rows, columns = (size // side for size, side in sizes)
         rope = video_rope((frames, rows, columns), self.head_dim, hidden_states.device)
-        hidden_states = self.patch_embedding(hidden_states)
+        video = self.patch_embedding(hidden_states)
         embedder = self.condition_embedder
         timestep = timestep.unsqueeze(1) if timestep.dim() == 1 else timestep
-        embedding, modulations = embedder.embed_time(timestep, hidden_states.dtype)
+        embedding, modulations = embedder.embed_time(timestep, video.dtype)
         text = embedder.text_embedder(encoder_hidden_states)
         image = None
         if encoder_hidden_states_image is not None:
             assert embedder.image_embedder is not None, "only a model with image_dim is given a picture's features"
             image = embedder.image_embedder(encoder_hidden_states_image)
-        for block in self.blocks:
-            hidden_states = block(hidden_states, text, image, modulations, rope)
-        shift, scale = _modulations(self.scale_shift_table, embedding.unsqueeze(2))
-        output: torch.Tensor = self.proj_out(modulate(hidden_states, scale, shift, self.eps))
-        return self._unpatchify(output, frames, rows, columns)
+
+        def run_block(block: nn.Module, streams: Streams, row_inputs: RowInputs) -> Streams:
+            text, image, modulations, _ = row_inputs
+            return (block(*streams, text, image, modulations, rope),)
+
+        def finish(tokens: torch.Tensor, row_inputs: RowInputs) -> torch.Tensor:
+            embedding = row_inputs[3]
+            assert embedding is not None, "every forward has an embedding of its timestep"
+            shift, scale = _modulations(self.scale_shift_table, embedding.unsqueeze(2))
+            output: torch.Tensor = self.proj_out(modulate(tokens, scale, shift, self.eps))
+            return self._unpatchify(output, frames, rows, columns)
+
+        return StagedForward(
+            streams=(video,),
+            row_inputs=(text, image, modulations, embedding),
+            spans=(BlockSpan(blocks=self.blocks, call=run_block),),
+            # The published coefficients are those of the modulations, not of the tokens that they modulate.
+            modulated_input=lambda: modulations,
+            output_tokens=lambda streams: streams[0],
+            finish=finish,
+        )
 
     def _unpatchify(self, tokens: torch.Tensor, frames: int, rows: int, columns: int) -> torch.Tensor:
         """``[B, S, P * C] -> [B, C, F, H, W]``."""

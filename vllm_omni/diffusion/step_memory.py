@@ -1,0 +1,91 @@
+"""What a step cache remembers of a request, and how it learns whose rows a forward computes.
+
+:func:`~vllm_omni.diffusion.denoise.denoise_step` names the rows of each forward by :func:`forward_rows`; a cache that
+stands before a transformer reads them by :func:`current_forward_rows`. No model takes part in this.
+
+Shapes: B rows of a forward, one per output of one branch of one request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+# The transformer that a pipeline called, the branch, and the output within the request.
+_RowKey = tuple[str, int, int]
+
+
+@dataclass(slots=True)
+class StepMemory:
+    """The memory of one request. What a step learns is kept apart until the whole step succeeded."""
+
+    num_forwards: int = 0  # rows that passed a cache, over all steps, branches and outputs
+    num_skipped: int = 0  # those of them whose blocks were skipped
+    _entries: dict[_RowKey, Any] = field(default_factory=dict)
+    _pending: dict[_RowKey, tuple[Any, bool]] = field(default_factory=dict)
+
+    def begin_step(self) -> None:
+        """Forget what a step that failed has left."""
+        self._pending.clear()
+
+    def commit_step(self) -> None:
+        """Keep what the step learned. What it did not use, as of an expert that has had its steps, is let go."""
+        self._entries = {key: entry for key, (entry, _) in self._pending.items()}
+        self.num_forwards += len(self._pending)
+        self.num_skipped += sum(skipped for _, skipped in self._pending.values())
+        self._pending.clear()
+
+    def recall(self, key: _RowKey) -> Any:
+        return self._entries.get(key)
+
+    def remember(self, key: _RowKey, entry: Any, skipped: bool) -> None:
+        assert key not in self._pending, f"{key[0]} ran twice on a row within one step; a step cache expects one run"
+        self._pending[key] = (entry, skipped)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardRow:
+    """One row of a forward: an output of one branch of a request, at the request's own step."""
+
+    memory: StepMemory
+    branch: int
+    output: int
+    step_index: int
+    num_steps: int
+
+    @property
+    def is_first_step(self) -> bool:
+        return self.step_index == 0
+
+    @property
+    def is_last_step(self) -> bool:
+        return self.step_index == self.num_steps - 1
+
+    def recall(self, component: str) -> Any:
+        """What the last steps left here for the transformer of this name; None before the first."""
+        return self.memory.recall((component, self.branch, self.output))
+
+    def remember(self, component: str, entry: Any, *, skipped: bool) -> None:
+        """Leave ``entry`` for the next step. The last step leaves nothing: decoding needs the memory."""
+        self.memory.remember((component, self.branch, self.output), None if self.is_last_step else entry, skipped)
+
+
+_ROWS: ContextVar[Sequence[ForwardRow] | None] = ContextVar("forward_rows", default=None)
+
+
+@contextmanager
+def forward_rows(rows: Sequence[ForwardRow]) -> Iterator[None]:
+    """Within the context, a forward computes these rows, in this order."""
+    token = _ROWS.set(rows)
+    try:
+        yield
+    finally:
+        _ROWS.reset(token)
+
+
+def current_forward_rows() -> Sequence[ForwardRow] | None:
+    """The rows of the forward in progress, or None where a transformer is called outside of a step."""
+    return _ROWS.get()
