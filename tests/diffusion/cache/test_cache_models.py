@@ -2,45 +2,87 @@
 
 from __future__ import annotations
 
+import dataclasses
+from contextlib import contextmanager
+
 import pytest
 import torch
-from PIL import Image
 
 from tests import tiny_flux, tiny_qwen_edit, tiny_wan
+from tests.tiny_qwen_edit import picture
 from vllm_omni import Omni, OmniDiffusionSamplingParams
+from vllm_omni.diffusion.cache.apply import apply_cache, cached_transformers
+from vllm_omni.diffusion.data import CacheConfig
+from vllm_omni.diffusion.denoise import denoise_step
 from vllm_omni.diffusion.models.qwen_image import pictures, pipeline_qwen_image_edit, pipeline_qwen_image_edit_plus
 
-STEPS = 6
+STEPS = 5
+IDENTITY = {"coefficients": [1.0, 0.0]}
 NEVER = {
     "tea_cache": {"rel_l1_thresh": 0},
     "cache_dit": {"residual_diff_threshold": 0, "max_warmup_steps": 0},
 }
 ALWAYS = {
-    "tea_cache": {"rel_l1_thresh": 1e9},
+    "tea_cache": {"rel_l1_thresh": 1e9} | IDENTITY,
     "cache_dit": {"residual_diff_threshold": 1e9, "max_warmup_steps": 0, "max_continuous_cached_steps": -1},
 }
-PICTURE = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
-SIZE = {"height": 64, "width": 64}
-VIDEO = {"height": 32, "width": 32, "num_frames": 5}
-EDIT = {"prompt": "a red circle", "negative_prompt": "blurry", "multi_modal_data": {"image": PICTURE}}
+# Some steps are skipped, and which ones depends on the step that a request is at.
+SOME = {
+    "tea_cache": {"rel_l1_thresh": 0.5} | IDENTITY,
+    "cache_dit": {"residual_diff_threshold": 1e9, "max_warmup_steps": 2, "max_continuous_cached_steps": 1},
+}
+SIZE, VIDEO = {"height": 64, "width": 64}, {"height": 32, "width": 32, "num_frames": 5}
 TEXT = {"prompt": "a red circle", "negative_prompt": "blurry"}
+PICTURE = {"multi_modal_data": {"image": picture(64, 64)}}
 
 # family -> (builder, prompt, parameters, transformers that a request uses)
 FAMILIES = {
-    "qwen_image_edit": (tiny_qwen_edit.qwen_image_edit, EDIT, {}, 1),
-    "qwen_image_edit_plus": (tiny_qwen_edit.qwen_image_edit_plus, EDIT, SIZE, 1),
-    "qwen_image_layered": (tiny_qwen_edit.qwen_image_layered, EDIT, {"extra_args": {"layers": 1}}, 1),
-    "flux": (tiny_flux.flux, TEXT, {**SIZE, "true_cfg_scale": 3.0}, 1),
-    "flux_kontext": (
-        tiny_flux.flux_kontext,
-        {"prompt": "a red circle", "multi_modal_data": {"image": PICTURE}},
-        {**SIZE, "extra_args": {"auto_resize": False}},
-        1,
-    ),
+    "qwen_image_edit": (tiny_qwen_edit.qwen_image_edit, TEXT | PICTURE, {}, 1),
+    "qwen_image_edit_plus": (tiny_qwen_edit.qwen_image_edit_plus, TEXT | PICTURE, SIZE, 1),
+    "qwen_image_layered": (tiny_qwen_edit.qwen_image_layered, TEXT | PICTURE, {"extra_args": {"layers": 1}}, 1),
+    "flux": (tiny_flux.flux, TEXT, SIZE | {"true_cfg_scale": 3.0}, 1),
+    "flux_kontext": (tiny_flux.flux_kontext, TEXT | PICTURE, SIZE | {"extra_args": {"auto_resize": False}}, 1),
     "wan_two_experts": (tiny_wan.wan_t2v, TEXT, VIDEO, 2),
     "wan_ti2v": (tiny_wan.wan_ti2v, TEXT, VIDEO, 1),
-    "wan_i2v": (tiny_wan.wan_i2v, EDIT, VIDEO, 2),
+    "wan_i2v": (tiny_wan.wan_i2v, TEXT | PICTURE, VIDEO, 2),
 }
+
+
+@dataclasses.dataclass
+class Family:
+    omni: Omni
+    prompt: dict
+    values: dict
+    num_transformers: int
+
+    @property
+    def pipeline(self):
+        return self.omni._engine._executor._worker._runner.pipeline
+
+    @contextmanager
+    def cached(self, backend, options):
+        config = self.omni.od_config
+        cache = CacheConfig(cache_backend=backend, cache_config=options)
+        apply_cache(self.pipeline, dataclasses.replace(config, cache=cache))
+        yield
+        for component in cached_transformers(config):
+            del self.pipeline.get_submodule(component).forward
+
+    def state(self, seed=3, steps=STEPS, outputs=1):
+        params = OmniDiffusionSamplingParams(
+            seed=seed, num_inference_steps=steps, num_outputs_per_prompt=outputs, **self.values
+        )
+        with torch.inference_mode():
+            return self.pipeline.prepare(self.omni._engine.validate(self.prompt, params))
+
+    def step(self, *states):
+        with torch.inference_mode():
+            denoise_step([state for state in states if not state.is_done], self.pipeline)
+
+    def finish(self, *states):
+        while not all(state.is_done for state in states):
+            self.step(*states)
+        return [state.latents for state in states]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,70 +91,52 @@ def _small_pictures():
     fit_to_area = pictures.fit_to_area
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline_qwen_image_edit, "_PICTURE_AREA", 64 * 64)
-        patch.setattr(pipeline_qwen_image_edit_plus, "_ENCODER_AREA", 56 * 56)
+        patch.setattr(pipeline_qwen_image_edit_plus, "_ENCODER_AREA", 64 * 64)
         patch.setattr(pipeline_qwen_image_edit_plus, "_LATENTS_AREA", 64 * 64)
-        patch.setattr(pictures, "fit_to_area", lambda image, area: fit_to_area(image, area // 100))
+        patch.setattr(pictures, "fit_to_area", lambda image, area: fit_to_area(image, min(area, 80 * 80)))
         yield
 
 
 @pytest.fixture(scope="module", params=["qwen_image", *FAMILIES])
-def family(request, tmp_path_factory, qwen_folder):
-    """A folder, a request that its model takes, and the uncached result."""
+def family(request, tmp_path_factory):
     if request.param == "qwen_image":
-        folder, prompt, values, num_transformers = qwen_folder, TEXT, SIZE, 1
+        folder, prompt, values, count = request.getfixturevalue("qwen_folder"), TEXT, SIZE, 1
     else:
-        build, prompt, values, num_transformers = FAMILIES[request.param]
+        build, prompt, values, count = FAMILIES[request.param]
         folder = build(tmp_path_factory.mktemp("cached") / request.param)
-    params = OmniDiffusionSamplingParams(seed=3, num_inference_steps=STEPS, output_type="latent", **values)
     with Omni(str(folder)) as omni:
-        uncached = omni.generate(prompt, params)[0]
-    assert uncached.receipt.step_cache is None
-    return folder, prompt, params, num_transformers, torch.stack(uncached.images)
+        yield Family(omni, dict(prompt), values, count)
 
 
 @pytest.mark.parametrize("backend", NEVER)
 def test_settings_that_never_skip_give_the_uncached_result_bit_for_bit(family, backend):
-    folder, prompt, params, _, uncached = family
-    with Omni(str(folder), cache_backend=backend, cache_config=NEVER[backend]) as omni:
-        output = omni.generate(prompt, params)[0]
-    assert torch.equal(torch.stack(output.images), uncached)
-    assert output.receipt.step_cache.num_skipped == 0
-    assert output.receipt.step_cache.num_forwards % STEPS == 0
-    assert output.receipt.accelerations[-1].startswith(f"{backend}: skipped 0 of")
+    (uncached,) = family.finish(family.state())
+    with family.cached(backend, NEVER[backend]):
+        state = family.state()
+        (latents,) = family.finish(state)
+    assert torch.equal(latents, uncached)
+    assert (state.cache.num_forwards, state.cache.num_skipped) == (STEPS * len(state.branches), 0)
 
 
 @pytest.mark.parametrize("backend", ALWAYS)
 def test_a_huge_threshold_skips_all_that_may_be_skipped(family, backend):
-    folder, prompt, params, num_transformers, uncached = family
-    with Omni(str(folder), cache_backend=backend, cache_config=ALWAYS[backend]) as omni:
-        output = omni.generate(prompt, params)[0]
-    use = output.receipt.step_cache
-    num_rows = use.num_forwards // STEPS
+    with family.cached(backend, ALWAYS[backend]):
+        state = family.state()
+        (latents,) = family.finish(state)
     # Each transformer computes the first of its steps, and TeaCache the last of all.
-    num_computed = num_transformers + (1 if backend == "tea_cache" else 0)
-    assert use.num_skipped == num_rows * (STEPS - num_computed)
-    latents = torch.stack(output.images)
+    num_computed = family.num_transformers + (1 if backend == "tea_cache" else 0)
+    assert state.cache.num_skipped == len(state.branches) * (STEPS - num_computed)
     assert torch.isfinite(latents).all()
-    assert not torch.equal(latents, uncached)
 
 
-@pytest.mark.parametrize("config", [{"rel_l1_thresh": 0.3, "coefficients": [1.0, 0.0]}, {}])
-def test_a_mixed_batch_with_a_cache_gives_what_each_request_gives_alone(family, config):
-    folder, prompt, params, _, _ = family
-    backend = "tea_cache" if config else "cache_dit"
-    config = config or {"residual_diff_threshold": 0.2, "max_warmup_steps": 1, "Bn_compute_blocks": 0}
-    values = {name: getattr(params, name) for name in ("height", "width", "num_frames", "true_cfg_scale")}
-    values |= {"extra_args": params.extra_args, "output_type": "latent"}
-    mixed = [
-        OmniDiffusionSamplingParams(seed=seed, num_inference_steps=steps, num_outputs_per_prompt=count, **values)
-        for seed, steps, count in ((3, 6, 1), (4, 9, 2), (5, 4, 1))
-    ]
-    longer = {**prompt, "prompt": "a cat holding a sign that says hello"}
-    prompts = [prompt, longer, prompt]
-    with Omni(str(folder), cache_backend=backend, cache_config=config) as omni:
-        together = omni.generate(prompts, mixed)
-        alone = [omni.generate(one, values)[0] for one, values in zip(prompts, mixed, strict=True)]
-    for batched, single in zip(together, alone, strict=True):
-        assert batched.receipt.step_cache == single.receipt.step_cache
-        torch.testing.assert_close(torch.stack(batched.images), torch.stack(single.images), atol=1e-4, rtol=1e-4)
-    assert any(output.receipt.step_cache.num_skipped for output in alone)
+@pytest.mark.parametrize("backend", SOME)
+def test_requests_at_different_steps_share_a_batch_and_get_what_they_get_alone(family, backend):
+    with family.cached(backend, SOME[backend]):
+        requests = [family.state(3, 5), family.state(4, 7, outputs=2)]
+        alone = [family.state(3, 5), family.state(4, 7, outputs=2)]
+        family.step(requests[0])
+        together = family.finish(*requests)
+        for state, latents, single in zip(requests, together, alone, strict=True):
+            torch.testing.assert_close(latents, family.finish(single)[0], atol=1e-4, rtol=1e-4)
+            assert state.cache.num_skipped == single.cache.num_skipped
+    assert any(state.cache.num_skipped for state in requests)

@@ -48,20 +48,25 @@ def check_cache(od_config: OmniDiffusionConfig, *, is_stepped: bool) -> None:
     backend = od_config.cache.cache_backend
     if backend is None:
         return
-    name = od_config.model_class_name
     if not is_stepped:
         raise FeatureNotAvailableError(
-            f"cache_backend={backend!r}: {name} runs in one piece, and a step cache needs its steps (prepare, predict,"
-            " decode); leave the option out"
+            f"cache_backend={backend!r}: {od_config.model_class_name} runs in one piece, and a step cache needs its"
+            " steps (prepare, predict, decode); leave the option out"
         )
+    require_extractors(od_config, f"cache_backend={backend!r}")
+
+
+def require_extractors(od_config: OmniDiffusionConfig, asked_for: str) -> None:
+    """Raises ``FeatureNotAvailableError`` unless all transformers of the model can be taken apart."""
+    name = od_config.model_class_name
     transformers = cached_transformers(od_config)
     if not transformers:
-        raise FeatureNotAvailableError(f"cache_backend={backend!r}: {name} has no transformer; leave the option out")
+        raise FeatureNotAvailableError(f"{asked_for}: {name} has no transformer; leave the option out")
     for component, class_name in transformers.items():
         if class_name not in EXTRACTOR_REGISTRY:
             raise FeatureNotAvailableError(
-                f"cache_backend={backend!r}: {component} of {name} is a {class_name}, which has no extractor (there are"
-                f" those of {', '.join(sorted(EXTRACTOR_REGISTRY))}); leave the option out, or add one by"
+                f"{asked_for}: {component} of {name} is a {class_name}, which has no extractor (there are those of"
+                f" {', '.join(sorted(EXTRACTOR_REGISTRY))}); leave the option out, or add one by"
                 " vllm_omni.diffusion.cache.register_extractor"
             )
 
