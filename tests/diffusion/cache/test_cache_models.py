@@ -28,11 +28,13 @@ ALWAYS = {
 }
 # Some steps are skipped, and which ones depends on the step that a request is at.
 SOME = {
-    "tea_cache": {"rel_l1_thresh": 0.5} | IDENTITY,
+    "tea_cache": {"rel_l1_thresh": 2.5} | IDENTITY,
     "cache_dit": {"residual_diff_threshold": 1e9, "max_warmup_steps": 2, "max_continuous_cached_steps": 1},
 }
 SIZE, VIDEO = {"height": 64, "width": 64}, {"height": 32, "width": 32, "num_frames": 5}
-TEXT = {"prompt": "a red circle", "negative_prompt": "blurry"}
+SHORT = SIZE | {"max_sequence_length": 16}
+PLAIN = {"prompt": "a red circle"}
+TEXT = PLAIN | {"negative_prompt": "blurry"}
 PICTURE = {"multi_modal_data": {"image": picture(64, 64)}}
 
 # family -> (builder, prompt, parameters, transformers that a request uses)
@@ -40,8 +42,8 @@ FAMILIES = {
     "qwen_image_edit": (tiny_qwen_edit.qwen_image_edit, TEXT | PICTURE, {}, 1),
     "qwen_image_edit_plus": (tiny_qwen_edit.qwen_image_edit_plus, TEXT | PICTURE, SIZE, 1),
     "qwen_image_layered": (tiny_qwen_edit.qwen_image_layered, TEXT | PICTURE, {"extra_args": {"layers": 1}}, 1),
-    "flux": (tiny_flux.flux, TEXT, SIZE | {"true_cfg_scale": 3.0}, 1),
-    "flux_kontext": (tiny_flux.flux_kontext, TEXT | PICTURE, SIZE | {"extra_args": {"auto_resize": False}}, 1),
+    "flux": (tiny_flux.flux, TEXT, SHORT | {"true_cfg_scale": 3.0}, 1),
+    "flux_kontext": (tiny_flux.flux_kontext, PLAIN | PICTURE, SHORT | {"extra_args": {"auto_resize": False}}, 1),
     "wan_two_experts": (tiny_wan.wan_t2v, TEXT, VIDEO, 2),
     "wan_ti2v": (tiny_wan.wan_ti2v, TEXT, VIDEO, 1),
     "wan_i2v": (tiny_wan.wan_i2v, TEXT | PICTURE, VIDEO, 2),
