@@ -26,7 +26,7 @@ class BlockSpan:
     """Consecutive blocks of one kind.
 
     ``call(block, streams, row_inputs)`` runs one of them. ``enter`` turns the streams of the kind before into those of
-    this one, each row by itself.
+    this one, each row by itself. A stream that holds padding has it at its end, where a cache may cut it or add to it.
     """
 
     blocks: Sequence[nn.Module] | nn.ModuleList
