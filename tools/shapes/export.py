@@ -3,7 +3,7 @@
     python -m tools.shapes.export --vae vae --checkpoint run/checkpoint.pt --out shapes-qwen-image
 
 Transformer and autoencoder are stored as bfloat16, and diffusers loads them as float32. The text encoder is stored as
-float32, for transformers loads it in the dtype that it finds. The folder is written beside its place and moved there whole.
+float32, for transformers loads it in the dtype that it finds. The folder is written beside its place, then moved.
 """
 
 from __future__ import annotations
