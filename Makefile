@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test test-gpu lint format clean
 
 demo: $(STAMP)
-	$(BIN)/vllm-omni generate "a red circle on a blue background" --seed 0 --output output/demo.png
+	$(BIN)/vllm-omni generate "a red circle on a blue background" --seed 1 --output output/demo.png
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
