@@ -8,10 +8,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vllm_omni.diffusion.attention.backends.abstract import AttentionBackend, AttentionMetadata
-from vllm_omni.diffusion.attention.selector import LONG_SEQUENCE, requested_backend, select_backend
+from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.selector import requested_backend, select_backend
 
 __all__ = ["Attention", "AttentionMetadata"]
+
+
+class _UsedBackends:
+    """Has an attribute by the name of each backend that ran.
+
+    It is written and never read in ``forward``: what a trace had read would be guarded, and a first use retraced.
+    """
 
 
 class Attention(nn.Module):
@@ -39,13 +46,12 @@ class Attention(nn.Module):
             raise ValueError(f"num_heads={num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         self.prefix = prefix
         self._requested = requested_backend()
-        # The choice depends on nothing but these keys, so it is made once for each.
-        self._chosen: dict[tuple[object, ...], AttentionBackend] = {}
+        self._used = _UsedBackends()
 
     @property
     def used_backends(self) -> set[str]:
         """Names of the backends that have run so far."""
-        return {backend.name for backend in self._chosen.values()}
+        return set(vars(self._used))
 
     def forward(
         self,
@@ -56,11 +62,8 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """``[B, S, H, D], [B, K, G, D], [B, K, G, D] -> [B, S, H, D]``."""
         attn_mask = None if attn_metadata is None else attn_metadata.attn_mask
-        inputs = (query.device, query.dtype, query.shape[-1], key.shape[1] >= LONG_SEQUENCE, attn_mask is None)
-        backend = self._chosen.get(inputs)
-        if backend is None:
-            backend = select_backend(self._requested, query, key, self.causal, attn_mask)
-            self._chosen[inputs] = backend
+        backend = select_backend(self._requested, query, key, self.causal, attn_mask)
+        setattr(self._used, backend.name, True)
         return backend.forward(
             query, key, value, softmax_scale=self.softmax_scale, causal=self.causal, attn_mask=attn_mask
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 
-from vllm_omni.diffusion.attention.backends.abstract import AttentionBackend
+from vllm_omni.diffusion.attention.backends.abstract import AttentionBackend, AttentionInputs
 from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionBackend
 from vllm_omni.diffusion.attention.backends.sdpa import CudnnAttentionBackend, TorchSdpaBackend
 from vllm_omni.errors import AttentionBackendError
@@ -60,27 +61,51 @@ def select_backend(
     attn_mask: torch.Tensor | None,
 ) -> AttentionBackend:
     """The backend for these inputs. An explicit choice that cannot run them raises ``AttentionBackendError``."""
+    # A branch and not an expression: a trace then holds for all sizes on this side of the threshold.
+    is_long = True if key.shape[1] >= LONG_SEQUENCE else False  # noqa: SIM210
+    has_mask = attn_mask is not None
+    return _BACKENDS[_choose(requested, query.device, query.dtype, query.shape[-1], is_long, causal, has_mask)]
+
+
+def _choice_of_constants(
+    requested: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_size: int,
+    is_long: bool,
+    causal: bool,
+    has_mask: bool,
+) -> str:
+    return _name_of_choice(requested, AttentionInputs(device, dtype, head_size, is_long, causal, has_mask))
+
+
+# A compiler runs the choice as it is and keeps the result: its arguments are constants of a trace.
+_choose: Callable[..., str] = torch.compiler.assume_constant_result(_choice_of_constants)
+
+
+@functools.cache
+def _name_of_choice(requested: str | None, inputs: AttentionInputs) -> str:
+    device = inputs.device
     if requested is not None:
-        check_backend(requested, query.device)
-        reason = _BACKENDS[requested].why_unsupported(query, key, causal, attn_mask)
+        check_backend(requested, device)
+        reason = _BACKENDS[requested].why_unsupported(inputs)
         if reason is not None:
             raise AttentionBackendError(f"attention backend {requested} cannot take these inputs: {reason}")
-        return _BACKENDS[requested]
-    for name in _preference(query.device, key.shape[1]):
+        return requested
+    for name in _preference(inputs):
         backend = _BACKENDS[name]
-        if backend.why_unavailable(query.device) is None:
-            if backend.why_unsupported(query, key, causal, attn_mask) is None:
-                logger.info("attention backend: %s", name, extra={"once": True})
-                return backend
-    reason = _BACKENDS["TORCH_SDPA"].why_unsupported(query, key, causal, attn_mask)
+        if backend.why_unavailable(device) is None and backend.why_unsupported(inputs) is None:
+            logger.info("attention backend: %s", name, extra={"once": True})
+            return name
+    reason = _BACKENDS["TORCH_SDPA"].why_unsupported(inputs)
     raise AttentionBackendError(f"no attention backend takes these inputs: {reason}")
 
 
-def _preference(device: torch.device, num_keys: int) -> tuple[str, ...]:
-    if device.type != "cuda":
+def _preference(inputs: AttentionInputs) -> tuple[str, ...]:
+    if inputs.device.type != "cuda":
         return ("TORCH_SDPA",)
-    if num_keys >= LONG_SEQUENCE:
+    if inputs.is_long:
         return ("FLASH_ATTN", "CUDNN_ATTN", "TORCH_SDPA")
-    if torch.cuda.get_device_capability(device)[0] >= 9:
+    if torch.cuda.get_device_capability(inputs.device)[0] >= 9:
         return ("CUDNN_ATTN", "FLASH_ATTN", "TORCH_SDPA")
     return ("FLASH_ATTN", "TORCH_SDPA", "CUDNN_ATTN")

@@ -23,6 +23,18 @@ class AttentionMetadata:
     attn_mask: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class AttentionInputs:
+    """All that the choice of a backend depends on. It can be hashed, and holds no number that changes with the size."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_size: int
+    is_long: bool  # at least LONG_SEQUENCE keys
+    causal: bool
+    has_mask: bool
+
+
 class AttentionBackend(ABC):
     """One implementation of scaled dot-product attention. It has no state."""
 
@@ -33,10 +45,8 @@ class AttentionBackend(ABC):
         """Why the backend cannot run on ``device`` at all, or None if it can."""
 
     @abstractmethod
-    def why_unsupported(
-        self, query: torch.Tensor, key: torch.Tensor, causal: bool, attn_mask: torch.Tensor | None
-    ) -> str | None:
-        """Why the backend cannot run on these inputs, or None if it can. Looks at shapes and dtypes only."""
+    def why_unsupported(self, inputs: AttentionInputs) -> str | None:
+        """Why the backend cannot run on these inputs, or None if it can."""
 
     @abstractmethod
     def forward(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vllm_omni.diffusion.attention.backends.abstract import AttentionBackend
+from vllm_omni.diffusion.attention.backends.abstract import AttentionBackend, AttentionInputs
 
 
 class FlashAttentionBackend(AttentionBackend):
@@ -27,15 +27,13 @@ class FlashAttentionBackend(AttentionBackend):
             return "install fa3-fwd (Hopper) or flash-attn"
         return None
 
-    def why_unsupported(
-        self, query: torch.Tensor, key: torch.Tensor, causal: bool, attn_mask: torch.Tensor | None
-    ) -> str | None:
-        if attn_mask is not None:
+    def why_unsupported(self, inputs: AttentionInputs) -> str | None:
+        if inputs.has_mask:
             return "it takes no attention mask"
-        if query.dtype not in (torch.float16, torch.bfloat16):
-            return f"it needs float16 or bfloat16, the inputs are {query.dtype}"
-        if query.shape[-1] > 256 or query.shape[-1] % 8:
-            return f"it needs a head size that is a multiple of 8 up to 256, got {query.shape[-1]}"
+        if inputs.dtype not in (torch.float16, torch.bfloat16):
+            return f"it needs float16 or bfloat16, the inputs are {inputs.dtype}"
+        if inputs.head_size > 256 or inputs.head_size % 8:
+            return f"it needs a head size that is a multiple of 8 up to 256, got {inputs.head_size}"
         return None
 
     def forward(
@@ -48,10 +46,28 @@ class FlashAttentionBackend(AttentionBackend):
         causal: bool,
         attn_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        kernel = _kernel(torch.cuda.get_device_capability(query.device)[0])
-        output = kernel(query, key, value, softmax_scale=softmax_scale, causal=causal)
-        # Some releases return (output, softmax log-sum-exp), others the output alone.
-        return output[0] if isinstance(output, tuple) else output
+        if torch.compiler.is_compiling():
+            # The packages' own functions cannot be traced in every release; an operator of ours always can.
+            return _flash_attention(query, key, value, softmax_scale, causal)
+        return _run(query, key, value, softmax_scale, causal)
+
+
+def _run(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax_scale: float, causal: bool
+) -> torch.Tensor:
+    kernel = _kernel(torch.cuda.get_device_capability(query.device)[0])
+    output = kernel(query, key, value, softmax_scale=softmax_scale, causal=causal)
+    # Some releases return (output, softmax log-sum-exp), others the output alone.
+    first: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return first
+
+
+_flash_attention = torch.library.custom_op("vllm_omni::flash_attention", _run, mutates_args=())
+
+
+@_flash_attention.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax_scale: float, causal: bool) -> torch.Tensor:
+    return query.new_empty(query.shape)
 
 
 def _package(major: int) -> str | None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vllm_omni.diffusion.attention.backends.abstract import AttentionBackend
+from vllm_omni.diffusion.attention.backends.abstract import AttentionBackend, AttentionInputs
 
 
 class TorchSdpaBackend(AttentionBackend):
@@ -19,10 +19,8 @@ class TorchSdpaBackend(AttentionBackend):
     def why_unavailable(self, device: torch.device) -> str | None:
         return None
 
-    def why_unsupported(
-        self, query: torch.Tensor, key: torch.Tensor, causal: bool, attn_mask: torch.Tensor | None
-    ) -> str | None:
-        return "a causal mask and attn_mask exclude each other" if causal and attn_mask is not None else None
+    def why_unsupported(self, inputs: AttentionInputs) -> str | None:
+        return "a causal mask and attn_mask exclude each other" if inputs.causal and inputs.has_mask else None
 
     def forward(
         self,
@@ -59,14 +57,12 @@ class CudnnAttentionBackend(TorchSdpaBackend):
         major = torch.cuda.get_device_capability(device)[0]
         return None if major >= 8 else f"it needs compute capability 8.0 or newer, the GPU has {major}.x"
 
-    def why_unsupported(
-        self, query: torch.Tensor, key: torch.Tensor, causal: bool, attn_mask: torch.Tensor | None
-    ) -> str | None:
-        if query.dtype not in (torch.float16, torch.bfloat16):
-            return f"it needs float16 or bfloat16, the inputs are {query.dtype}"
-        if query.shape[-1] > 128 or query.shape[-1] % 8:
-            return f"it needs a head size that is a multiple of 8 up to 128, got {query.shape[-1]}"
-        return super().why_unsupported(query, key, causal, attn_mask)
+    def why_unsupported(self, inputs: AttentionInputs) -> str | None:
+        if inputs.dtype not in (torch.float16, torch.bfloat16):
+            return f"it needs float16 or bfloat16, the inputs are {inputs.dtype}"
+        if inputs.head_size > 128 or inputs.head_size % 8:
+            return f"it needs a head size that is a multiple of 8 up to 128, got {inputs.head_size}"
+        return super().why_unsupported(inputs)
 
     def forward(
         self,
