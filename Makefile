@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-gpu lint format clean
+.PHONY: demo test test-slow test-gpu lint format clean
 
 demo: $(STAMP)
 	$(BIN)/vllm-omni generate "a red circle on a blue background" --seed 1 --output output/demo.png
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu

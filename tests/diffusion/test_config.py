@@ -31,7 +31,6 @@ PLANNED = {
     "use_hsdp": True,
     "enable_cpu_offload": True,
     "quantization": "fp8",
-    "enforce_eager": False,
 }
 
 

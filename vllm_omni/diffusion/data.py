@@ -125,7 +125,9 @@ class OmniDiffusionConfig:
         "attention backend by name; absent: DIFFUSION_ATTENTION_BACKEND, else the fastest that the inputs allow",
         choices=ATTENTION_BACKENDS,
     )
-    enforce_eager: bool = _planned(True, "torch.compile")
+    enforce_eager: bool = _option(
+        True, "run the transformer as it is written; False compiles its repeated blocks with torch.compile"
+    )
     max_batch_size: int = _option(16, "most pictures that share one forward of the transformer")
     max_num_seqs: int = _option(64, "most requests that are in progress at once")
     quantization: str | None = _planned(None, "quantization")

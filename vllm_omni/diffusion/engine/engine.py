@@ -56,6 +56,7 @@ class Engine:
         self._tracked: dict[str, _Tracked] = {}
         self._executor: Executor | None = InProcessExecutor(od_config, on_load_progress)
         self._attention_backends: tuple[str, ...] = ()
+        self._accelerations: tuple[str, ...] = ()  # those of the worker
 
     @property
     def has_requests(self) -> bool:
@@ -108,6 +109,7 @@ class Engine:
             self.discard_all()
             raise
         self._attention_backends = result.attention_backends
+        self._accelerations = result.accelerations
         progress = []
         for scheduled in self._scheduler.update(command, result):
             request_id = scheduled.request.request_id
@@ -185,7 +187,7 @@ class Engine:
             guidance=_guidance_text(params, self._cfg_parameters),
             num_frames=params.num_frames,
             fps=params.fps,
-            accelerations=_accelerations(config, step_cache),
+            accelerations=(*_accelerations(config, step_cache), *self._accelerations),
             step_cache=step_cache,
         )
 

@@ -56,8 +56,13 @@ class DiffusersPipelineLoader:
         self.od_config = od_config
         self._on_progress = on_progress
 
-    def load_model(self, pipeline_class: Callable[..., nn.Module]) -> nn.Module:
-        """The pipeline, ready to run. Raises ``WeightsError`` or ``InsufficientMemoryError``."""
+    def load_model(
+        self, pipeline_class: Callable[..., nn.Module], check: Callable[[nn.Module], None] | None = None
+    ) -> nn.Module:
+        """The pipeline, ready to run. Raises ``WeightsError`` or ``InsufficientMemoryError``.
+
+        ``check`` sees the pipeline before its weights are read, and may refuse it.
+        """
         config = self.od_config
         check_backend(config.attention_backend, config.torch_device)
         if config.load_format == "auto":
@@ -69,6 +74,8 @@ class DiffusersPipelineLoader:
             attention_backend(config.attention_backend),
         ):
             pipeline = pipeline_class(od_config=config)
+        if check is not None:
+            check(pipeline)
         sources: _Sources = getattr(pipeline, "weights_sources", ())
         if config.load_format == "dummy":
             for source in sources:

@@ -50,3 +50,4 @@ class WorkerResult:
     finished: dict[str, WorkerOutput] = field(default_factory=dict)
     errors: dict[str, Exception] = field(default_factory=dict)
     attention_backends: tuple[str, ...] = ()
+    accelerations: tuple[str, ...] = ()  # what became of those that may not take effect

@@ -13,6 +13,7 @@ from torch import nn
 
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache import apply_cache, check_cache
+from vllm_omni.diffusion.compile import apply_compile, check_compile
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.denoise import DenoiseState, denoise_step
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader, LoadProgress
@@ -53,7 +54,10 @@ class ModelRunner:
             )
         self._is_stepped = is_stepped(pipeline_class)
         check_cache(od_config, is_stepped=self._is_stepped)
-        self.pipeline: Any = DiffusersPipelineLoader(od_config, on_load_progress).load_model(pipeline_class)
+        self.pipeline: Any = DiffusersPipelineLoader(od_config, on_load_progress).load_model(
+            pipeline_class, lambda pipeline: check_compile(pipeline, od_config)
+        )
+        self._compiled_blocks = apply_compile(self.pipeline, od_config)
         apply_cache(self.pipeline, od_config)
         self._running: dict[str, _Running] = {}
         self._steps_ahead: deque[Callable[[], None]] = deque()
@@ -72,6 +76,8 @@ class ModelRunner:
         for request_id in (*result.errors, *result.finished):
             self._running.pop(request_id, None)
         result.attention_backends = self._used_attention_backends()
+        if self._compiled_blocks is not None:
+            result.accelerations = (self._compiled_blocks.describe(),)
         return result
 
     def _prepare(self, request: OmniDiffusionRequest) -> None:

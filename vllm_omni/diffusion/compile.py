@@ -1,0 +1,108 @@
+"""Regional ``torch.compile``: the repeated blocks of a transformer, each class compiled once for all of its instances.
+
+A transformer names the classes in ``_repeated_blocks``. Compiling them instead of the whole costs seconds instead of
+minutes, and as nearly all of the time is spent in them, it gains the same. Sizes are symbols of the compiled code, so
+that pictures of another size or texts of another length run the code that is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.errors import FeatureNotAvailableError
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
+
+
+class CompiledBlocks:
+    """What became of the compilation of a pipeline's blocks. It starts with the first call of a block."""
+
+    def __init__(self) -> None:
+        self.failure: str | None = None  # why nothing is compiled any more
+        self.limit_was_hit = False
+
+    def describe(self) -> str:
+        """What really runs, for the receipt."""
+        if self.failure is not None:
+            return f"torch.compile failed, eager: {self.failure}"
+        if self.limit_was_hit:
+            return "torch.compile, eager for some shapes: limit of recompilations reached"
+        return "torch.compile"
+
+
+def check_compile(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> None:
+    """Raises ``FeatureNotAvailableError`` if the configuration asks to compile a pipeline that names no blocks."""
+    if od_config.enforce_eager:
+        return
+    transformers = list(_transformers(pipeline))
+    if not transformers:
+        raise FeatureNotAvailableError(
+            f"enforce_eager=False: no transformer of {type(pipeline).__name__} names its blocks in _repeated_blocks, so"
+            " there is nothing to compile; leave the option out"
+        )
+    for transformer, names in transformers:
+        missing = names - {type(block).__name__ for block in transformer.modules()}
+        if missing:
+            raise FeatureNotAvailableError(
+                f"enforce_eager=False: {type(transformer).__name__}._repeated_blocks names"
+                f" {', '.join(sorted(missing))}, which it has no module of; correct the name, or leave the option out"
+            )
+
+
+def apply_compile(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> CompiledBlocks | None:
+    """Compile the repeated blocks in place, or return None if the configuration asks for eager execution."""
+    check_compile(pipeline, od_config)
+    if od_config.enforce_eager:
+        return None
+    blocks = CompiledBlocks()
+    for transformer, names in _transformers(pipeline):
+        for block in transformer.modules():
+            if type(block).__name__ in names:
+                # The method itself, not block.compile(): then each class has recompilations of its own to count, and
+                # hooks of the block run as they are.
+                block.forward = _compiled(block.forward, blocks)
+    return blocks
+
+
+def _transformers(pipeline: nn.Module) -> Iterator[tuple[nn.Module, set[str]]]:
+    """The modules that declare repeated blocks, and the names of their classes."""
+    for module in pipeline.modules():
+        names = set(getattr(type(module), "_repeated_blocks", ()))
+        if names:
+            yield module, names
+
+
+def _compiled(forward: Callable[..., Any], blocks: CompiledBlocks) -> Callable[..., Any]:
+    """``forward``, compiled; as it is written where that cannot be, which ``blocks`` then tells."""
+    compiled = torch.compile(forward, fullgraph=True, dynamic=True)
+
+    def compiled_or_eager(*args: Any, **kwargs: Any) -> Any:
+        if blocks.failure is not None:
+            return forward(*args, **kwargs)
+        try:
+            return compiled(*args, **kwargs)
+        except FailOnRecompileLimitHit:
+            # The code that exists stays of use for the shapes that it was made for.
+            blocks.limit_was_hit = True
+            logger.warning("torch.compile: limit of recompilations reached", extra={"once": True})
+        except TorchDynamoException as error:
+            # Inputs that the code cannot take fail here again, with the error that says why, and prove nothing.
+            output = forward(*args, **kwargs)
+            blocks.failure = _reason(error)
+            logger.warning("torch.compile failed, the transformer runs eagerly: %s", error)
+            return output
+        return forward(*args, **kwargs)
+
+    return compiled_or_eager
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
