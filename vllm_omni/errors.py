@@ -75,6 +75,10 @@ class GenerationError(OmniError, RuntimeError):
         self.outputs = outputs
 
 
+class ComparisonError(OmniError, RuntimeError):
+    """The engine that a comparison is made against cannot load the model, or its outputs cannot be compared."""
+
+
 class EngineClosedError(OmniError, RuntimeError):
     """The engine was closed and takes no more requests."""
 

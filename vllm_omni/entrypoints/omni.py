@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from vllm_omni.diffusion.engine.configure import configure
 from vllm_omni.diffusion.engine.engine import Engine
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import EngineClosedError, GenerationError, InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, PromptInput
 from vllm_omni.outputs import OmniRequestOutput, StepProgress
@@ -78,6 +79,16 @@ class Omni:
     def output_kind(self) -> Literal["image", "video"]:
         """What each entry of an output's ``images`` is: a picture (or a list of its layers), or a video's frames."""
         return self._require_engine().output_kind
+
+    def resolve(
+        self, prompt: PromptInput, sampling_params: OmniDiffusionSamplingParams | None = None
+    ) -> OmniDiffusionRequest:
+        """The request as ``generate`` would run it, with every default filled in. Runs nothing.
+
+        Raises ``InvalidRequestError`` if it is not sound.
+        """
+        params = OmniDiffusionSamplingParams() if sampling_params is None else sampling_params
+        return self._require_engine().validate(prompt, params)
 
     def abort(self, request_id: str) -> bool:
         """End a request before its next step; its output comes back unfinished. False if it is not in progress."""

@@ -8,7 +8,12 @@ import re
 import types
 import typing
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+from vllm_omni.diffusion.data import engine_options
+from vllm_omni.errors import InvalidRequestError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 
 def add_field_arguments(parser: Any, owners: Iterable[tuple[type, dataclasses.Field[Any]]]) -> None:
@@ -31,6 +36,60 @@ def add_field_arguments(parser: Any, owners: Iterable[tuple[type, dataclasses.Fi
         else:
             arguments |= {"type": kind, "choices": metadata.get("choices"), "metavar": _metavar(field, kind)}
         parser.add_argument(*flags, **arguments)
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--size`` and one option for each sampling parameter."""
+    parser.add_argument("--size", type=parse_size, metavar="WxH", help="size in pixels, as in 1024x768 or 512")
+    group = parser.add_argument_group("sampling (absent: the model's defaults)")
+    fields = dataclasses.fields(OmniDiffusionSamplingParams)
+    add_field_arguments(group, [(OmniDiffusionSamplingParams, field) for field in fields])
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option for each option of the engine."""
+    add_field_arguments(parser.add_argument_group("engine"), engine_options().values())
+
+
+def sampling_values(given: dict[str, Any]) -> dict[str, Any]:
+    """The sampling parameters among parsed arguments. Raises ``InvalidRequestError`` for a size given twice."""
+    names = {field.name for field in dataclasses.fields(OmniDiffusionSamplingParams)}
+    values = {name: value for name, value in given.items() if name in names}
+    if given["size"] is not None:
+        for name, value in zip(("width", "height"), given["size"], strict=True):
+            if name in values:
+                raise InvalidRequestError(f"--size and --{name} exclude each other; give one of them", param=name)
+            values[name] = value
+    return values
+
+
+def engine_values(given: dict[str, Any]) -> dict[str, Any]:
+    """The engine's options among parsed arguments."""
+    return {name: given[name] for name in engine_options() if name in given}
+
+
+def read_picture(path: Path) -> bytes:
+    """The file of ``--image``. Raises ``InvalidRequestError`` if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidRequestError(f"--image {path} cannot be read: {error.strerror}", param="image") from error
+
+
+def count(text: str) -> int:
+    """A number of at least 1."""
+    return _integer(text, 1)
+
+
+def count_or_zero(text: str) -> int:
+    """A number of at least 0."""
+    return _integer(text, 0)
+
+
+def _integer(text: str, least: int) -> int:
+    if not text.strip().isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least {least}")
+    return int(text)
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.diffusion.data import engine_options
-from vllm_omni.entrypoints.cli.arguments import add_field_arguments, parse_size
+from vllm_omni.entrypoints.cli.arguments import (
+    add_engine_arguments,
+    add_sampling_arguments,
+    engine_values,
+    read_picture,
+    sampling_values,
+)
 from vllm_omni.entrypoints.omni import Omni
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
@@ -38,12 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="picture to work on, for a model that takes one; repeat it for several",
     )
     parser.add_argument("--negative-prompt", help="what to keep away from; it makes classifier-free guidance possible")
-    parser.add_argument("--size", type=parse_size, metavar="WxH", help="size in pixels, as in 1024x768 or 512")
-    sampling = parser.add_argument_group("sampling (absent: the model's defaults)")
-    fields = dataclasses.fields(OmniDiffusionSamplingParams)
-    add_field_arguments(sampling, [(OmniDiffusionSamplingParams, field) for field in fields])
-    engine = parser.add_argument_group("engine")
-    add_field_arguments(engine, engine_options().values())
+    add_sampling_arguments(parser)
+    add_engine_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -51,8 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
     given = vars(arguments)
     if arguments.output is not None:
         _check_output(arguments.output, [suffix for suffixes in _SUFFIXES.values() for suffix in suffixes])
-    params = OmniDiffusionSamplingParams(**_sampling_values(given))
-    options = {name: given[name] for name in engine_options() if name in given}
+    params = OmniDiffusionSamplingParams(**sampling_values(given))
+    options = engine_values(given)
     prompt = _prompt(arguments)
     started = time.perf_counter()
     with Omni(arguments.model, **options) as omni:
@@ -67,32 +67,14 @@ def run(arguments: argparse.Namespace) -> None:
     print(_summary(output, loaded - started))
 
 
-def _sampling_values(given: dict[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(OmniDiffusionSamplingParams)}
-    values = {name: value for name, value in given.items() if name in names}
-    if given["size"] is not None:
-        for name, value in zip(("width", "height"), given["size"], strict=True):
-            if name in values:
-                raise InvalidRequestError(f"--size and --{name} exclude each other; give one of them", param=name)
-            values[name] = value
-    return values
-
-
 def _prompt(arguments: argparse.Namespace) -> OmniPrompt:
     prompt: OmniPrompt = {"prompt": arguments.prompt}
     if arguments.negative_prompt is not None:
         prompt["negative_prompt"] = arguments.negative_prompt
     if arguments.image is not None:
         # A prompt holds contents and never a path: the command reads the files that its user named.
-        prompt["multi_modal_data"] = {"image": [_read(path) for path in arguments.image]}
+        prompt["multi_modal_data"] = {"image": [read_picture(path) for path in arguments.image]}
     return prompt
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidRequestError(f"--image {path} cannot be read: {error.strerror}", param="image") from error
 
 
 def _check_output(path: Path, suffixes: Sequence[str]) -> None:

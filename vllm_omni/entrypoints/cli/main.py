@@ -12,6 +12,8 @@ from vllm_omni.version import __version__
 
 # command -> (module with add_arguments and run, one line of help). A module loads when its command is used.
 _COMMANDS = {
+    "bench": ("vllm_omni.entrypoints.cli.bench", "measure how fast a model runs"),
+    "compare": ("vllm_omni.entrypoints.cli.compare", "measure speed and outputs beside those of diffusers"),
     "generate": ("vllm_omni.entrypoints.cli.generate", "turn a prompt into a picture or a video"),
 }
 

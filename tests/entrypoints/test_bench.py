@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from vllm_omni.entrypoints.cli.main import main
+
+
+def test_latency_is_measured_for_each_batch_size(qwen_folder, tmp_path, capsys):
+    path = tmp_path / "latency.json"
+    command = ["bench", "latency", "--model", str(qwen_folder), "--batch-size", "1", "3", "--steps", "2"]
+    command += ["--size", "48x32", "--num-warmup", "0", "--num-trials", "2", "--output-json", str(path)]
+    assert main(command) == 0
+    summary, header, *rows = capsys.readouterr().out.splitlines()
+    assert "48 x 32, 2 steps, float32 on " in summary
+    assert header.split() == ["batch", "median", "s", "p90", "s", "outputs/s", "s/step", "peak", "GiB"]
+    assert [row.split()[0] for row in rows] == ["1", "3"]
+    results = json.loads(path.read_text())
+    assert [batch["num_outputs"] for batch in results["batches"]] == [1, 3]
+    for batch in results["batches"]:
+        assert len(batch["seconds"]) == 2
+        assert 0 < batch["seconds_per_step"] < batch["median_s"] <= batch["p90_s"]
+    assert results["receipt"]["seeds"] == [0]
+    assert results["environment"]["versions"]["torch"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-frames", "5"], "num_frames=5 is not a parameter of this model"),
+        (["--image", "nowhere.png"], "--image nowhere.png cannot be read"),
+        (["--size", "33"], "height=33 must be a multiple of"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(qwen_folder, capsys, arguments, message):
+    assert main(["bench", "latency", "--model", str(qwen_folder), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["throughput"], ["latency", "--batch-size", "0"]])
+def test_what_is_to_be_measured_must_be_named(arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", *arguments])
+    assert caught.value.code == 2

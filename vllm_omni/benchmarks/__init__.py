@@ -1,0 +1,1 @@
+"""What the commands that measure, and the scripts behind every claim, have in common."""

@@ -1,0 +1,141 @@
+"""``vllm-omni bench latency``: seconds of one batch from prompts to pictures, for one batch size or several."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_omni.benchmarks.timing import LatencySummary, alternate, environment, median, write_json
+from vllm_omni.entrypoints.cli.arguments import (
+    add_engine_arguments,
+    add_sampling_arguments,
+    count,
+    count_or_zero,
+    engine_values,
+    read_picture,
+    sampling_values,
+)
+from vllm_omni.entrypoints.omni import Omni
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
+from vllm_omni.outputs import OmniRequestOutput, Receipt
+
+_PROMPT = "a large red circle left of a small blue square on a yellow background"
+_COLUMNS = ("batch", "median s", "p90 s", "outputs/s", "s/step", "peak GiB")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
+    text = "seconds of one batch, from its prompts to its pictures"
+    latency = benchmarks.add_parser("latency", help=text, description=text.capitalize() + ".")
+    latency.add_argument("--model", help="folder of a diffusers pipeline, or a hub id; absent: the shipped one")
+    latency.add_argument("--prompt", default=_PROMPT, help="the prompt of all requests (default: %(default)s)")
+    latency.add_argument("--negative-prompt", help="their negative prompt; it makes classifier-free guidance possible")
+    latency.add_argument("--image", type=Path, action="append", metavar="FILE", help="picture to work on; repeatable")
+    latency.add_argument(
+        "--batch-size", type=count, nargs="+", default=[1], metavar="N", help="requests at once (default: 1)"
+    )
+    latency.add_argument(
+        "--num-warmup", type=count_or_zero, default=1, metavar="N", help="unmeasured runs first (default: 1)"
+    )
+    latency.add_argument("--num-trials", type=count, default=5, metavar="N", help="measured runs (default: 5)")
+    latency.add_argument("--output-json", type=Path, metavar="FILE", help="write results and environment here")
+    add_sampling_arguments(latency)
+    add_engine_arguments(latency)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Carry the command out: load, measure each batch size, print a table, write JSON."""
+    params = OmniDiffusionSamplingParams(**{"seed": 0, **sampling_values(vars(arguments))})
+    prompt = _prompt(arguments)
+    started = time.perf_counter()
+    with Omni(arguments.model, show_progress=False, **engine_values(vars(arguments))) as omni:
+        load_s = time.perf_counter() - started
+        omni.resolve(prompt, params)
+        measured = [_measure(omni, prompt, params, size, arguments) for size in arguments.batch_size]
+        config = omni.od_config
+    receipt = measured[0][1]
+    results: dict[str, Any] = {
+        "environment": environment(config.torch_device),
+        "receipt": dataclasses.asdict(receipt),
+        "prompt": arguments.prompt,
+        "negative_prompt": arguments.negative_prompt,
+        "max_batch_size": config.max_batch_size,
+        "num_warmup": arguments.num_warmup,
+        "num_trials": arguments.num_trials,
+        "load_s": load_s,
+        "batches": [row for row, _ in measured],
+    }
+    print(
+        f"{receipt.model}: {receipt.width} x {receipt.height}, {receipt.num_inference_steps} steps, {receipt.dtype} on"
+        f" {results['environment']['hardware']}; {', '.join(receipt.accelerations) or 'no accelerations'};"
+        f" {arguments.num_trials} trials after {arguments.num_warmup} unmeasured; loading {load_s:.1f} s"
+    )
+    print(_table(results["batches"]))
+    write_json(arguments.output_json, results)
+
+
+def _measure(
+    omni: Omni,
+    prompt: OmniPrompt,
+    params: OmniDiffusionSamplingParams,
+    batch_size: int,
+    arguments: argparse.Namespace,
+) -> tuple[dict[str, Any], Receipt]:
+    """Seconds of ``batch_size`` requests that are given together, what follows from them, and what ran."""
+    outputs: list[OmniRequestOutput] = []
+
+    def generate() -> None:
+        outputs[:] = omni.generate([prompt] * batch_size, params)
+
+    times = alternate(
+        {"batch": generate},
+        arguments.num_trials,
+        num_warmup=arguments.num_warmup,
+        device=omni.od_config.torch_device,
+    )
+    summary = LatencySummary.of(times["batch"])
+    receipt = outputs[0].receipt
+    assert receipt is not None, "a finished request has a receipt"
+    num_outputs = sum(len(output.images) for output in outputs)
+    row = {
+        "batch_size": batch_size,
+        "num_outputs": num_outputs,
+        "seconds": times["batch"],
+        **dataclasses.asdict(summary),
+        "outputs_per_s": num_outputs / summary.median_s,
+        # Of the last trial. The requests take their steps together, so a step is one of the whole batch.
+        "seconds_per_step": median([output.metrics.denoise_s / output.metrics.num_steps for output in outputs]),
+        "peak_memory_bytes": max(output.metrics.peak_memory_bytes for output in outputs),
+    }
+    return row, receipt
+
+
+def _prompt(arguments: argparse.Namespace) -> OmniPrompt:
+    prompt: OmniPrompt = {"prompt": arguments.prompt}
+    if arguments.negative_prompt is not None:
+        prompt["negative_prompt"] = arguments.negative_prompt
+    if arguments.image is not None:
+        prompt["multi_modal_data"] = {"image": [read_picture(path) for path in arguments.image]}
+    return prompt
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [_COLUMNS]
+    lines += [
+        (
+            str(row["batch_size"]),
+            f"{row['median_s']:.3f}",
+            f"{row['p90_s']:.3f}",
+            f"{row['outputs_per_s']:.3f}",
+            f"{row['seconds_per_step']:.4f}",
+            f"{row['peak_memory_bytes'] / 2**30:.2f}",
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
