@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -133,6 +135,18 @@ def test_batches_with_and_without_padding_stay_within_the_limit_of_recompilation
             outputs = omni.generate(batch, params)
     assert outputs[0].receipt.accelerations == ("torch.compile",)
     assert num_graphs() <= 3, "one row, several rows, and several rows with a mask"
+
+
+def test_closing_frees_a_compiled_model(qwen_folder, monkeypatch):
+    monkeypatch.setattr(torch, "compile", _compile_without_code)
+    omni = Omni(str(qwen_folder), enforce_eager=False)
+    generate(omni, 32, 64)
+    transformer = omni._engine._executor._worker._runner.pipeline.transformer
+    weights = [weakref.ref(transformer), weakref.ref(transformer.transformer_blocks[0].attn.to_qkv.weight)]
+    del transformer
+    omni.close()
+    gc.collect()
+    assert [weight() for weight in weights] == [None, None]
 
 
 def test_an_attention_backend_that_cannot_run_is_still_named(qwen_folder, monkeypatch):
