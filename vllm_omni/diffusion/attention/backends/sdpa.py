@@ -39,7 +39,8 @@ class TorchSdpaBackend(AttentionBackend):
             attn_mask=_broadcastable(attn_mask),
             is_causal=causal,
             scale=softmax_scale,
-            enable_gqa=query.shape[2] != key.shape[2],
+            # Not the comparison itself: where the number of heads is a symbol of a trace, that is no bool.
+            enable_gqa=True if query.shape[2] != key.shape[2] else False,  # noqa: SIM210
         )
         return output.transpose(1, 2)
 
