@@ -10,7 +10,7 @@ import av
 import pytest
 from PIL import Image
 
-from tests import tiny_wan
+from tests import tiny_flux, tiny_wan
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "offline_inference"
 
@@ -51,3 +51,17 @@ def test_a_video_of_the_asked_size_is_written(monkeypatch, tmp_path, task):
         stream = container.streams.video[0]
         assert (stream.width, stream.height, stream.average_rate) == (48, 32, 8)
         assert len(list(container.decode(stream))) == 5
+
+
+def test_image_edit(monkeypatch, tmp_path):
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    output = tmp_path / "out" / "edited.png"
+    run(
+        monkeypatch,
+        "image_to_image/image_edit.py",
+        *("--model", tiny_flux.flux_kontext(tmp_path / "model"), "--image", tmp_path / "red.png", "--prompt", "a cat"),
+        *("--negative-prompt", "blurry", "--cfg-scale", 2.0, "--guidance-scale", 2.5, "--seed", 1),
+        *("--height", 64, "--width", 96, "--num-inference-steps", 1, "--output", output),
+    )
+    with Image.open(output) as picture:
+        assert picture.size == (96, 64)
