@@ -183,3 +183,29 @@ def test_fast_forward_passes_equal_the_library_ones():
         tables = models.image_tables(transformer, length)
         got = models.predict(transformer, noise, full, additive, sigma, *tables)
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_tables_draw_what_the_scenes_draw():
+    torch = pytest.importorskip("torch")
+    from tools.shapes import table
+
+    rng = random.Random(5)
+    drawn = [scenes.sample_scene(rng) for _ in range(24)]
+    columns = [torch.from_numpy(column) for column in table.tabulate(drawn)]
+    whole = table.draw(*columns)
+    shown = ((whole + 1) * 127.5).round().permute(0, 2, 3, 1).byte().numpy()
+    assert np.array_equal(shown, np.stack([scenes.render(s) for s in drawn]))
+    corners = torch.randint(0, 128, (24, 2))
+    crops = table.draw(*columns, corners, 128)
+    for picture, crop, (x, y) in zip(whole, crops, corners.tolist(), strict=True):
+        assert torch.equal(crop, picture[:, y : y + 128, x : x + 128])
+
+
+def test_a_table_does_not_depend_on_the_number_of_processes():
+    torch = pytest.importorskip("torch")
+    from tools.shapes import table
+
+    alone, shared = (table.sample_table(table.CHUNK + 10, 3, 1, num_workers=n) for n in (1, 2))
+    assert torch.equal(alone.things, shared.things)
+    assert torch.equal(alone.caption_ids, shared.caption_ids)
+    assert int(alone.caption_lengths.max()) <= table.CAPTION_TOKENS

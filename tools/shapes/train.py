@@ -4,7 +4,7 @@
     python -m tools.shapes.train fit --latents latents.pt --out run --minutes 85
 
 `fit` writes `checkpoint.pt` every few minutes: the averaged weights that `export.py` turns into a
-pipeline folder, and all that `--resume` needs. Learning rates follow the wall clock, so a run always
+pipeline folder. Learning rates follow the wall clock, so a run always
 ends decayed after the minutes it was given, however fast the machine is.
 """
 
@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import argparse
 import copy
-import random
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage
 from torch import Tensor, nn
 
-from tools.shapes import models, scenes, vae_train
+from tools.shapes import models, vae_train
+from tools.shapes.muon import Muon
+from tools.shapes.table import CAPTION_TOKENS, draw, sample_table
 from tools.shapes.tokenizer import PREFIX, PREFIX_TOKENS, SUFFIX, build_tokenizer
 
 DROPOUT = 0.1  # share of captions replaced by " ", the usual negative prompt
-LENGTHS = (20, 30)  # caption token counts that batches are padded to
-EMA_DECAY = 0.998
+NUM_CAPTIONS = 4  # captions kept of each scene
+EMA_DECAY = 0.999
 SIGMA_SHIFT = 2.0
 
 
@@ -35,60 +35,50 @@ SIGMA_SHIFT = 2.0
 
 @torch.no_grad()
 def cache(args: argparse.Namespace) -> None:
-    """Draw scenes and store their normalised latents, float16 [N, 16, 16, 16]."""
+    """Draw scenes and store their normalised latents, float16 [N, 16, 16, 16], with captions of each."""
     device = torch.device(args.device)
+    torch.manual_seed(args.seed)
     vae = AutoencoderKLQwenImage.from_pretrained(args.vae).to(device)
     vae_train.use_one_frame_forms()
     mean, std = (torch.tensor(vae.config[k], device=device).view(1, -1, 1, 1) for k in ("latents_mean", "latents_std"))
-    drawn = draw(args.scenes, args.seed)
+    table = sample_table(args.scenes, args.seed, NUM_CAPTIONS)
     encode = torch.compile(vae_train.encode, dynamic=False) if args.compile else vae_train.encode
-    latents = torch.empty(len(drawn), 16, 16, 16, dtype=torch.float16)
-    for i in range(0, len(drawn), 32):
-        pictures = np.stack([scenes.render(s) for s in drawn[i : i + 32]])
+    latents = torch.empty(len(table), 16, 16, 16, dtype=torch.float16)
+    start, shown = time.time(), 0
+    for i in range(0, len(table), args.batch_size):
+        rows = (column[i : i + args.batch_size].to(device) for column in (table.backgrounds, table.things))
         with torch.autocast(device.type, torch.bfloat16):
-            out = encode(vae, vae_train.to_tensor(pictures, device)).float()
+            out = encode(vae, draw(*rows).contiguous(memory_format=torch.channels_last)).float()
         latents[i : i + len(out)] = ((out - mean) / std).half().cpu()
-        if i % 3200 == 0:
-            print(f"{i} of {len(drawn)}", flush=True)
-    torch.save({"latents": latents, "seed": args.seed}, args.out)
-
-
-def draw(count: int, seed: int) -> list[scenes.Scene]:
-    """The scenes behind a cache; a seed always gives the same ones."""
-    rng = random.Random(seed)
-    return [scenes.sample_scene(rng) for _ in range(count)]
+        if time.time() - start > 10 * shown:
+            print(f"{i} of {len(table)}, {time.time() - start:.0f} s", flush=True)
+            shown += 1
+    torch.save({"latents": latents, "ids": table.caption_ids, "lengths": table.caption_lengths}, args.out)
 
 
 class Batches:
-    """Endless batches of (latents, padded caption ids, caption lengths), short and long ones apart."""
+    """Endless random batches of (latents, padded caption ids, caption lengths), all held on the device."""
 
-    def __init__(self, path: Path, device: torch.device, seed: int) -> None:
-        stored = torch.load(path, mmap=True)
-        self.latents = stored["latents"].to(device)
-        self.drawn = draw(len(self.latents), stored["seed"])
+    def __init__(self, path: Path, device: torch.device) -> None:
+        stored = torch.load(path, map_location=device)
+        self.latents, self.ids, self.lengths = stored["latents"], stored["ids"], stored["lengths"]
+        self.device = device
         self.tokenizer = build_tokenizer()
         self.prefix = torch.tensor(self.tokenizer(PREFIX).input_ids, device=device)
-        self.rng = random.Random(seed)
-        self.device = device
+        empty = self.tokenizer(PREFIX + " " + SUFFIX).input_ids[PREFIX_TOKENS:]
+        self.empty = torch.zeros(CAPTION_TOKENS, dtype=self.ids.dtype, device=device)
+        self.empty[: len(empty)] = torch.tensor(empty)
+        self.empty_length = len(empty)
 
-    def _ids(self, caption: str) -> list[int]:
-        return self.tokenizer(PREFIX + caption + SUFFIX).input_ids[PREFIX_TOKENS:]
-
-    def next(self, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Two half batches, the one of the shorter captions first."""
-        chosen = self.rng.sample(range(len(self.drawn)), size)
-        captions = [" " if self.rng.random() < DROPOUT else scenes.caption(self.drawn[i], self.rng) for i in chosen]
-        rows = sorted(zip(map(self._ids, captions), chosen, strict=True), key=lambda row: len(row[0]))
-        return [self._pad(rows[: size // 2]), self._pad(rows[size // 2 :])]
-
-    def _pad(self, rows: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:
-        lengths = torch.tensor([len(ids) for ids, _ in rows])
-        longest = next(n for n in LENGTHS if n >= int(lengths.max()))
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        for row, (values, _) in enumerate(rows):
-            ids[row, : len(values)] = torch.tensor(values)
-        chosen = torch.tensor([i for _, i in rows], device=self.device)
-        return self.latents[chosen].float(), ids.to(self.device), lengths.to(self.device)
+    def next(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents float32 [B, 16, 16, 16], ids [B, L], lengths [B]; some captions are the empty one."""
+        device = self.device
+        chosen = torch.randint(len(self.latents), (size,), device=device)
+        said = torch.randint(self.ids.shape[1], (size,), device=device)
+        dropped = torch.rand(size, device=device) < DROPOUT
+        ids = torch.where(dropped[:, None], self.empty, self.ids[chosen, said])
+        lengths = self.lengths[chosen, said].masked_fill(dropped, self.empty_length)
+        return self.latents[chosen].float(), ids.long(), lengths.long()
 
 
 # ---------------------------------------------------------------- training
@@ -118,9 +108,8 @@ class Trainer:
         self.optimizers = self._optimizers()
         self.block = torch.compile(models.block_forward, dynamic=False) if args.compile else models.block_forward
         self.encode = torch.compile(models.encode_text, dynamic=False) if args.compile else models.encode_text
-        encoder, transformer = self.model["text_encoder"], self.model["transformer"]
-        self.text_tables = models.text_tables(encoder, PREFIX_TOKENS + LENGTHS[-1])
-        self.image_tables = {n: models.image_tables(transformer, n) for n in LENGTHS}
+        self.text_tables = models.text_tables(self.model["text_encoder"], PREFIX_TOKENS + CAPTION_TOKENS)
+        self.image_tables = models.image_tables(self.model["transformer"], CAPTION_TOKENS)
         self.step, self.seen = 0, 0
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
@@ -131,33 +120,31 @@ class Trainer:
                 matrix = p.ndim == 2 and (".layers." in name or "blocks." in name) and "_mod." not in name
                 (inner if matrix else rest).append(p)
         return [
-            torch.optim.Muon(inner, lr=self.args.lr_muon, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=self.args.lr, betas=(0.9, 0.98), weight_decay=0.0),
+            Muon(inner, lr=self.args.lr_muon, match_adam=True, weight_decay=0.02),
+            torch.optim.AdamW(rest, lr=self.args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
         ]
 
     def loss(self, latents: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Mean squared error of the velocity on one half batch."""
+        """Mean squared error of the velocity on one batch."""
         clean = models.pack(latents)
         noise = torch.randn_like(clean)
         sigma = sample_sigma(len(clean), self.device)
         noisy = clean + sigma[:, None, None] * (noise - clean)
-        cos, sin = self.image_tables[ids.shape[1]]
         mask = torch.zeros(len(ids), 1, 1, ids.shape[1] + clean.shape[1], device=self.device)
         unused = torch.arange(ids.shape[1], device=self.device) >= lengths[:, None]
         mask[:, 0, 0, : ids.shape[1]] = unused.float() * -1e9
         with torch.autocast(self.device.type, torch.bfloat16):
             text = self.encode(self.model["text_encoder"], self.batches.prefix, ids, *self.text_tables)
-            out = models.predict(self.model["transformer"], noisy, text, mask, sigma, cos, sin, self.block)
+            out = models.predict(
+                self.model["transformer"], noisy, text, mask, sigma, *self.image_tables, block_fn=self.block
+            )
         return (out.float() - (noise - clean)).square().mean()
 
-    def train_step(self, progress: float) -> float:
-        """One step on a whole batch; `progress` is the share of the time used, 0..1."""
+    def train_step(self, progress: float) -> Tensor:
+        """One step on a whole batch; `progress` is the share of the time used, 0..1. Returns the loss."""
         rate = min(1.0, (self.step + 1) / 150) * min(1.0, max(0.01, (1 - progress) / (1 - self.args.decay_from)))
-        total = 0.0
-        for half in self.batches.next(self.args.batch_size):
-            loss = self.loss(*half) / 2
-            loss.backward()
-            total += loss.detach()
+        loss = self.loss(*self.batches.next(self.args.batch_size))
+        loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         for optimizer, peak in zip(self.optimizers, (self.args.lr_muon, self.args.lr), strict=True):
             for group in optimizer.param_groups:
@@ -167,26 +154,24 @@ class Trainer:
         decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
         self.step, self.seen = self.step + 1, self.seen + self.args.batch_size
-        return float(total)
+        return loss.detach()
 
     def state(self) -> dict:
         return {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
             "step": self.step,
             "seen": self.seen,
             "layers": self.args.layers,
             "heads": self.args.heads,
         }
 
-    def resume(self, path: Path) -> None:
-        stored = torch.load(path, map_location=self.device)
-        self.model.load_state_dict(stored["model"])
-        self.average.load_state_dict(stored["average"])
-        for optimizer, state in zip(self.optimizers, stored["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        self.step, self.seen = stored["step"], stored["seen"]
+    def start_from(self, folder: Path) -> None:
+        """Take the weights of an exported pipeline; the optimizers start anew."""
+        for name, model in self.model.items():
+            stored = type(model).from_pretrained(folder, subfolder=name).state_dict()
+            model.load_state_dict(stored)
+            self.average[name].load_state_dict(stored)
 
     def save(self) -> None:
         self.args.out.mkdir(parents=True, exist_ok=True)
@@ -197,25 +182,25 @@ class Trainer:
 
 def fit(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
-    trainer = Trainer(args, Batches(args.latents, torch.device(args.device), args.seed))
-    if args.resume:
-        trainer.resume(args.resume)
+    torch.set_float32_matmul_precision("high")
+    trainer = Trainer(args, Batches(args.latents, torch.device(args.device)))
+    if args.start:
+        trainer.start_from(args.start)
     start = saved = shown = time.time()
-    losses: list[float] = []
+    losses: list[Tensor] = []
     while (progress := (time.time() - start) / (60 * args.minutes)) < 1:
         losses.append(trainer.train_step(progress))
-        now = time.time()
-        if trainer.step % 50 == 0:
-            speed = 50 * args.batch_size / (now - shown)
+        if trainer.step % 100 == 0:
+            mean, now = float(torch.stack(losses).mean()), time.time()
+            speed = 100 * args.batch_size / (now - shown)
             print(
-                f"step {trainer.step} seen {trainer.seen} t {now - start:.0f}s loss {np.mean(losses):.4f} "
-                f"{speed:.0f} samples/s",
+                f"step {trainer.step} seen {trainer.seen} t {now - start:.0f}s loss {mean:.4f} {speed:.0f} samples/s",
                 flush=True,
             )
             losses, shown = [], now
-        if now - saved > 180:
+        if time.time() - saved > 180:
             trainer.save()
-            saved = now
+            saved = time.time()
     trainer.save()
     print(f"done: {trainer.step} steps, {trainer.seen} samples, {(time.time() - start) / 60:.1f} minutes", flush=True)
 
@@ -231,6 +216,7 @@ def main() -> None:
         sub.add_argument("--no-compile", dest="compile", action="store_false")
     caching.add_argument("--vae", type=Path, required=True)
     caching.add_argument("--scenes", type=int, default=60000)
+    caching.add_argument("--batch-size", type=int, default=32)
     fitting.add_argument("--latents", type=Path, required=True)
     fitting.add_argument("--minutes", type=float, default=85)
     fitting.add_argument("--batch-size", type=int, default=128)
@@ -238,8 +224,8 @@ def main() -> None:
     fitting.add_argument("--lr-muon", type=float, default=2e-3, help="Muon: matrices within the blocks")
     fitting.add_argument("--decay-from", type=float, default=0.3, help="share of the time at full learning rate")
     fitting.add_argument("--layers", type=int, default=6)
-    fitting.add_argument("--heads", type=int, default=6)
-    fitting.add_argument("--resume", type=Path)
+    fitting.add_argument("--heads", type=int, default=5)
+    fitting.add_argument("--start", type=Path, help="pipeline folder of the same sizes to go on from")
     args = parser.parse_args()
     (cache if args.command == "cache" else fit)(args)
 

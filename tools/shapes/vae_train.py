@@ -18,13 +18,15 @@ import time
 from pathlib import Path
 
 import diffusers.models.autoencoders.autoencoder_kl_qwenimage as vae_module
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
+from torch import Tensor
 
 from tools.shapes import scenes
 from tools.shapes.judge import judge
+from tools.shapes.muon import Muon
+from tools.shapes.table import SceneTable, draw, sample_table, tabulate
 
 CONFIG = {
     "base_dim": 8,
@@ -102,89 +104,39 @@ def loss_of(out: torch.Tensor, target: torch.Tensor, latents: torch.Tensor) -> t
     return (weight * (error + error.square())).mean() + 1e-5 * latents.square().mean()
 
 
-class ConvMuon(torch.optim.Optimizer):
-    """Muon for convolution kernels, taken as matrices [out, in x area], equal shapes at once.
+class Pictures:
+    """Endless batches of drawn scenes, whole or as crops that mostly show some object."""
 
-    The step is the momentum with its singular values set to about one. Plain Adam needs several
-    times as many steps to sharp edges on these narrow layers.
-    """
+    def __init__(self, table: SceneTable) -> None:
+        self.table = table
+        # Smooth backgrounds are the hard part, so gradients come more often than their share.
+        gradient = table.backgrounds[:, 0] != table.backgrounds[:, 1]
+        self.weights = torch.where(gradient, 3.0, 1.0)
+        self.num_things = (table.things[:, :, 4] > 0).sum(1)
 
-    def __init__(self, parameters: list[torch.Tensor], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
-        self.shapes: dict[torch.Size, list[torch.Tensor]] = {}
-        for p in self.param_groups[0]["params"]:
-            self.shapes.setdefault(p.shape, []).append(p)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        group = self.param_groups[0]
-        for shape, parameters in self.shapes.items():
-            # A 3-D kernel counts with its last time slice alone, the only one with a gradient.
-            last = len(shape) == 5
-            gradient = torch.stack([p.grad[:, :, -1] if last else p.grad for p in parameters]).flatten(2)
-            state = self.state[parameters[0]]
-            momentum = state.setdefault("momentum", torch.zeros_like(gradient))
-            momentum.lerp_(gradient, 1 - group["momentum"])
-            step = orthogonal(gradient.lerp(momentum, group["momentum"]))
-            step *= group["lr"] * max(1, step.shape[1] / step.shape[2]) ** 0.5
-            for p, change in zip(parameters, step, strict=True):
-                target = p[:, :, -1] if last else p
-                target.sub_(change.view_as(target))
-
-
-def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """Nearest half-orthogonal matrices of [N, a, b], roughly, by five Newton-Schulz steps."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-8)
-    for _ in range(5):
-        square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
-    return x.mT if tall else x
-
-
-def draw_pool(count: int, seed: int, gradients: bool = False) -> tuple[np.ndarray, list[scenes.Scene]]:
-    """Pictures uint8 [count, 256, 256, 3] of training scenes, and the scenes."""
-    rng = random.Random(seed)
-    drawn = [scenes.sample_scene(rng) for _ in range(count)]
-    if gradients:
-        # Smooth backgrounds are the hard part, so half the plain pictures make room for them.
-        mixed = (s for _ in iter(int, 1) if len((s := scenes.sample_scene(rng)).background) == 2 or rng.random() < 0.5)
-        drawn = [next(mixed) for _ in range(count)]
-    return np.stack([scenes.render(s) for s in drawn]), drawn
-
-
-def to_tensor(pictures: np.ndarray, device: torch.device) -> torch.Tensor:
-    """uint8 [B, H, W, 3] to float [B, 3, H, W] in -1..1, channels last in memory."""
-    return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-
-
-def sample_batch(pool: np.ndarray, drawn: list[scenes.Scene], size: int, crop: bool, rng: random.Random) -> np.ndarray:
-    """Random pictures, whole or as crops that mostly show some object."""
-    chosen = [rng.randrange(len(pool)) for _ in range(size)]
-    if not crop:
-        return pool[chosen]
-    out = []
-    for i in chosen:
-        thing = rng.choice(drawn[i].things)
-        spread = 60 if rng.random() < 0.85 else 300
-        x, y = (
-            min(max(int(v - CROP / 2 + rng.uniform(-spread, spread)), 0), scenes.PICTURE_SIZE - CROP)
-            for v in (thing.x, thing.y)
-        )
-        out.append(pool[i, y : y + CROP, x : x + CROP])
-    return np.stack(out)
+    def next(self, size: int, crop: bool) -> Tensor:
+        """[size, 3, H, W] in -1..1, channels last in memory."""
+        chosen = torch.multinomial(self.weights, size, replacement=True)
+        rows = self.table.backgrounds[chosen], self.table.things[chosen]
+        if not crop:
+            return draw(*rows).contiguous(memory_format=torch.channels_last)
+        device = chosen.device
+        pick = (torch.rand(size, device=device) * self.num_things[chosen]).long()
+        thing = rows[1][torch.arange(size, device=device), pick].float()
+        spread = torch.where(torch.rand(size, 1, device=device) < 0.85, 60.0, 300.0)
+        offset = (2 * torch.rand(size, 2, device=device) - 1) * spread
+        corners = thing[:, 2:4] + thing[:, 4:] / 2 - CROP / 2 + offset
+        corners = corners.clamp(0, scenes.PICTURE_SIZE - CROP).long()
+        return draw(*rows, corners, CROP).contiguous(memory_format=torch.channels_last)
 
 
 def train(args: argparse.Namespace, device: torch.device) -> AutoencoderKLQwenImage:
     """Crops first, whole pictures for the rest; the learning rate falls with the wall clock."""
     torch.manual_seed(args.seed)
-    rng = random.Random(args.seed)
     use_one_frame_forms()
     model = Autoencoder(AutoencoderKLQwenImage(**CONFIG)).to(device)
     average = copy.deepcopy(model.vae).requires_grad_(False)
-    pool, drawn = draw_pool(args.pool, args.seed, gradients=True)
+    stream = Pictures(sample_table(args.scenes, args.seed).to(device))
     if args.start:
         model.vae.load_state_dict(AutoencoderKLQwenImage.from_pretrained(args.start).state_dict())
         average.load_state_dict(model.vae.state_dict())
@@ -194,7 +146,7 @@ def train(args: argparse.Namespace, device: torch.device) -> AutoencoderKLQwenIm
     kernels = [p for p in trained if p.ndim > 3 and p.shape[1] > 1]
     rest = [p for p in trained if p.ndim <= 3 or p.shape[1] == 1]
     optimizers = [
-        ConvMuon(kernels, lr=args.lr_muon),
+        Muon(kernels, lr=args.lr_muon, match_adam=False),
         torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.97), weight_decay=0),
     ]
     step_of = torch.compile(model, dynamic=False) if args.compile else model
@@ -205,7 +157,7 @@ def train(args: argparse.Namespace, device: torch.device) -> AutoencoderKLQwenIm
         rate = min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * progress))
         for optimizer, peak in zip(optimizers, (args.lr_muon, args.lr), strict=True):
             optimizer.param_groups[0]["lr"] = peak * rate
-        pictures = to_tensor(sample_batch(pool, drawn, size, crop, rng), device)
+        pictures = stream.next(size, crop)
         side = pictures.shape[-1] // 16
         noise = torch.randn(size, CONFIG["z_dim"], side, side, device=device)
         noise *= args.noise * torch.rand(size, 1, 1, 1, device=device)
@@ -233,10 +185,9 @@ def train(args: argparse.Namespace, device: torch.device) -> AutoencoderKLQwenIm
 @torch.no_grad()
 def save(vae: AutoencoderKLQwenImage, out: Path, device: torch.device) -> None:
     """Measure the latents of fresh training scenes, put mean and deviation in the config, and write."""
-    pool, _ = draw_pool(256, 12345)
+    stream = Pictures(sample_table(256, 12345).to(device))
     with torch.autocast(device.type, torch.bfloat16):
-        parts = [encode(vae, to_tensor(pool[i : i + 32], device)).float() for i in range(0, len(pool), 32)]
-    latents = torch.cat(parts)
+        latents = torch.cat([encode(vae, stream.next(32, crop=False)).float() for _ in range(8)])
     saved = copy.deepcopy(vae)
     clear_unused_slices(saved)
     saved.register_to_config(
@@ -249,10 +200,11 @@ def save(vae: AutoencoderKLQwenImage, out: Path, device: torch.device) -> None:
 @torch.no_grad()
 def measure(vae: AutoencoderKLQwenImage, device: torch.device, count: int = 300, seed: int = 99) -> dict[str, float]:
     """Mean quality [dB] of reconstructions of new scenes, and the share of them the judge reads right."""
-    pool, drawn = draw_pool(count, seed)
     rng, decibels, right = random.Random(seed), [], 0
+    drawn = [scenes.sample_scene(rng) for _ in range(count)]
+    backgrounds, things = (torch.from_numpy(column).to(device) for column in tabulate(drawn))
     for i in range(0, count, 16):
-        pictures = to_tensor(pool[i : i + 16], device)
+        pictures = draw(backgrounds[i : i + 16], things[i : i + 16])
         out = decode(vae, encode(vae, pictures)).clamp(-1, 1)
         decibels += (-10 * torch.log10((out - pictures).square().mean((1, 2, 3)) / 4)).tolist()
         shown = ((out + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -266,7 +218,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=22)
     parser.add_argument("--batch-size", type=int, default=8, help="crops or whole pictures per step")
     parser.add_argument("--crop-share", type=float, default=0.6, help="share of the time spent on crops")
-    parser.add_argument("--pool", type=int, default=8000, help="pictures drawn once and used again and again")
+    parser.add_argument("--scenes", type=int, default=20000, help="scenes sampled once and drawn again and again")
     parser.add_argument("--lr", type=float, default=2e-3, help="AdamW: norms and biases")
     parser.add_argument("--lr-muon", type=float, default=0.02, help="Muon: kernels")
     parser.add_argument("--noise", type=float, default=0.25, help="highest latent noise, in standard deviations")

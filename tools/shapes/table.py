@@ -1,0 +1,115 @@
+"""Many scenes as tensors: sampled by several processes, drawn in batches on the device that trains.
+
+Legend: N scenes, K captions per scene, L tokens, B pictures of one batch. Lengths are pixels.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tools.shapes import scenes
+from tools.shapes.tokenizer import PREFIX, PREFIX_TOKENS, SUFFIX, build_tokenizer
+
+CHUNK = 1000  # scenes of one task; a seed gives the same table whatever the number of processes
+CAPTION_TOKENS = 30  # the longest caption has 29
+_COLOURS = tuple(scenes.COLOURS)
+_SIDES = range(scenes.SIZES["small"][0], scenes.SIZES["large"][1] + 1, 2)
+
+
+@dataclass(frozen=True)
+class SceneTable:
+    """N scenes. An absent object has side 0."""
+
+    backgrounds: Tensor  # [N, 2] colour index at the top and at the bottom
+    things: Tensor  # [N, 3, 5] colour index, shape index, left, top, side
+    caption_ids: Tensor  # [N, K, L] token ids behind the fixed prefix, 0 after the end
+    caption_lengths: Tensor  # [N, K]
+
+    def to(self, device: torch.device) -> SceneTable:
+        return SceneTable(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+    def __len__(self) -> int:
+        return len(self.backgrounds)
+
+
+def sample_table(count: int, seed: int, num_captions: int = 0, num_workers: int | None = None) -> SceneTable:
+    """`count` training scenes with `num_captions` true captions each."""
+    sizes = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
+    tasks = [(size, f"{seed}:{i}", num_captions) for i, size in enumerate(sizes)]
+    workers = min(len(tasks), num_workers or len(os.sched_getaffinity(0)))
+    if workers == 1:
+        parts = [_sample_chunk(task) for task in tasks]
+    else:
+        with get_context("spawn").Pool(workers) as pool:
+            parts = pool.map(_sample_chunk, tasks, chunksize=1)
+    return SceneTable(*(torch.from_numpy(np.concatenate(columns)) for columns in zip(*parts, strict=True)))
+
+
+def _sample_chunk(task: tuple[int, str, int]) -> tuple[np.ndarray, ...]:
+    count, seed, num_captions = task
+    rng = random.Random(seed)
+    drawn = [scenes.sample_scene(rng) for _ in range(count)]
+    backgrounds, things = tabulate(drawn)
+    ids = np.zeros((count, num_captions, CAPTION_TOKENS), np.int16)
+    lengths = np.zeros((count, num_captions), np.int16)
+    if num_captions:
+        texts = [PREFIX + scenes.caption(s, rng) + SUFFIX for s in drawn for _ in range(num_captions)]
+        for i, row in enumerate(build_tokenizer()(texts).input_ids):
+            tail = row[PREFIX_TOKENS:]
+            ids[i // num_captions, i % num_captions, : len(tail)] = tail
+            lengths[i // num_captions, i % num_captions] = len(tail)
+    return backgrounds, things, ids, lengths
+
+
+def tabulate(drawn: list[scenes.Scene]) -> tuple[np.ndarray, np.ndarray]:
+    """The columns `backgrounds` and `things` of a table, int16."""
+    backgrounds = [[_COLOURS.index(s.background[0]), _COLOURS.index(s.background[-1])] for s in drawn]
+    things = np.zeros((len(drawn), 3, 5), np.int16)
+    for row, scene in zip(things, drawn, strict=True):
+        for cell, t in zip(row, scene.things, strict=False):
+            left, top = round(t.x - t.side / 2), round(t.y - t.side / 2)
+            cell[:] = _COLOURS.index(t.colour), scenes.SHAPES.index(t.shape), left, top, t.side
+    return np.array(backgrounds, np.int16), things
+
+
+@cache
+def _palette_and_masks(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Colours [8, 3] in 0..255 and coverage [shapes x sides, S, S] in 0..1, zero beyond a mask's side."""
+    palette = torch.tensor(list(scenes.COLOURS.values()), dtype=torch.float32, device=device)
+    masks = np.zeros((len(scenes.SHAPES) * len(_SIDES), _SIDES[-1], _SIDES[-1]), np.float32)
+    for i, shape in enumerate(scenes.SHAPES):
+        for j, side in enumerate(_SIDES):
+            masks[i * len(_SIDES) + j, :side, :side] = scenes.shape_mask(shape, side)
+    return palette, torch.from_numpy(masks).to(device)
+
+
+def draw(backgrounds: Tensor, things: Tensor, corners: Tensor | None = None, size: int = scenes.PICTURE_SIZE) -> Tensor:
+    """Rows of a table to pictures [B, 3, size, size] in -1..1, as `scenes.render` draws them.
+
+    `corners` [B, 2] is the left and top of a crop of `size`; absent: the whole picture.
+    """
+    device, count = backgrounds.device, len(backgrounds)
+    palette, masks = _palette_and_masks(device)
+    span = torch.arange(size, device=device)
+    left, top = (0, 0) if corners is None else (corners[:, :1], corners[:, 1:])
+    columns, rows = (span + left).expand(count, size), (span + top).expand(count, size)
+    ends = palette[backgrounds.long()]
+    t = (rows / (scenes.PICTURE_SIZE - 1))[:, :, None, None]
+    canvas = (ends[:, None, None, 0] + (ends[:, None, None, 1] - ends[:, None, None, 0]) * t).repeat(1, 1, size, 1)
+    for thing in things.long().unbind(1):
+        colour, shape, x, y, side = thing[:, :, None].unbind(1)
+        inside_x, inside_y = (columns >= x) & (columns < x + side), (rows >= y) & (rows < y + side)
+        table = (shape * len(_SIDES) + (side - _SIDES[0]) // 2).clamp(min=0)
+        across, down = (columns - x).clamp(0, _SIDES[-1] - 1), (rows - y).clamp(0, _SIDES[-1] - 1)
+        cover = masks[table[:, :, None], down[:, :, None], across[:, None, :]]
+        cover = (cover * (inside_y[:, :, None] & inside_x[:, None, :]))[..., None]
+        canvas += cover * (palette[colour][:, :, None] - canvas)
+    return ((canvas + 0.5).floor_() / 127.5 - 1).permute(0, 3, 1, 2)
