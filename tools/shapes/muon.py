@@ -18,7 +18,7 @@ class Muon(torch.optim.Optimizer):
     `lr * sqrt(max(1, out / in))`.
     """
 
-    def __init__(self, parameters: list[Tensor], lr: float, match_adam: bool, weight_decay: float = 0.0) -> None:
+    def __init__(self, parameters: list[Tensor], lr: float | Tensor, match_adam: bool, weight_decay: float = 0.0) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": 0.95, "weight_decay": weight_decay})
         self.match_adam = match_adam
         self.shapes: dict[torch.Size, list[Tensor]] = {}
@@ -41,8 +41,8 @@ class Muon(torch.optim.Optimizer):
             rows, columns = step.shape[1:]
             size = 0.2 * max(rows, columns) ** 0.5 if self.match_adam else max(1, rows / columns) ** 0.5
             torch._foreach_mul_(targets, 1 - group["lr"] * group["weight_decay"])
-            changes = [change.view_as(target) for change, target in zip(step, targets, strict=True)]
-            torch._foreach_add_(targets, changes, alpha=-group["lr"] * size)
+            step = step * (-size * group["lr"])
+            torch._foreach_add_(targets, [change.view_as(target) for change, target in zip(step, targets, strict=True)])
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

@@ -222,7 +222,7 @@ def _place(rng: random.Random, thing: Thing, position: str) -> Thing:
 
 def sample_scene(rng: random.Random, count: int | None = None, want_held_out: bool = False) -> Scene:
     """A scene of `count` objects (random: 1, 2 or 3), either all trainable or all held out."""
-    count = count or rng.choices((1, 2, 3), (0.3, 0.35, 0.35))[0]
+    count = count or rng.choices((1, 2, 3), (0.2, 0.3, 0.5))[0]
     while True:
         background = _sample_background(rng)
         things = _sample_words(rng, count, background)

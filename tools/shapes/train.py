@@ -105,6 +105,7 @@ class Trainer:
         self.model["text_encoder"].model.visual.requires_grad_(False)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.rates = [torch.zeros((), device=self.device) for _ in range(2)]
         self.optimizers = self._optimizers()
         self.block = torch.compile(models.block_forward, dynamic=False) if args.compile else models.block_forward
         self.encode = torch.compile(models.encode_text, dynamic=False) if args.compile else models.encode_text
@@ -113,15 +114,18 @@ class Trainer:
         self.step, self.seen = 0, 0
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        """Muon for the matrices within blocks and layers, AdamW for all else."""
+        """Muon for the matrices within blocks and layers, AdamW for all else. Rates are tensors: a replay reads them."""
         inner, rest = [], []
         for name, p in self.model.named_parameters():
             if p.requires_grad:
                 matrix = p.ndim == 2 and (".layers." in name or "blocks." in name) and "_mod." not in name
                 (inner if matrix else rest).append(p)
+        on_gpu = self.device.type == "cuda"
         return [
-            Muon(inner, lr=self.args.lr_muon, match_adam=True, weight_decay=0.02),
-            torch.optim.AdamW(rest, lr=self.args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+            Muon(inner, lr=self.rates[0], match_adam=True, weight_decay=0.02),
+            torch.optim.AdamW(
+                rest, lr=self.rates[1], betas=(0.9, 0.98), weight_decay=0.0, fused=True, capturable=on_gpu
+            ),
         ]
 
     def loss(self, latents: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
@@ -140,21 +144,44 @@ class Trainer:
             )
         return (out.float() - (noise - clean)).square().mean()
 
-    def train_step(self, progress: float) -> Tensor:
-        """One step on a whole batch; `progress` is the share of the time used, 0..1. Returns the loss."""
-        rate = min(1.0, (self.step + 1) / 150) * min(1.0, max(0.01, (1 - progress) / (1 - self.args.decay_from)))
+    def update(self) -> Tensor:
+        """One step of the optimizers on a whole batch. Returns the loss."""
         loss = self.loss(*self.batches.next(self.args.batch_size))
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
-        for optimizer, peak in zip(self.optimizers, (self.args.lr_muon, self.args.lr), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * rate
+        for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def capture(self) -> None:
+        """Record `update` as a CUDA graph: launching its small kernels one by one takes longer than they run."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.update()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = self.update()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return loss.clone()
+
+        self.update = replay
+
+    def train_step(self, progress: float) -> Tensor:
+        """Set the rates for `progress`, the share of the time used, 0..1, and step. Returns the loss."""
+        share = min(1.0, (self.step + 1) / 150) * min(1.0, max(0.01, (1 - progress) / (1 - self.args.decay_from)))
+        for rate, peak in zip(self.rates, (self.args.lr_muon, self.args.lr), strict=True):
+            rate.fill_(peak * share)
+        loss = self.update()
         decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
         self.step, self.seen = self.step + 1, self.seen + self.args.batch_size
-        return loss.detach()
+        return loss
 
     def state(self) -> dict:
         return {
@@ -167,11 +194,15 @@ class Trainer:
         }
 
     def start_from(self, folder: Path) -> None:
-        """Take the weights of an exported pipeline; the optimizers start anew."""
+        """Take the weights of an exported pipeline; the optimizers start anew.
+
+        Blocks beyond those of the folder keep their start, which changes nothing, so that a model can grow deeper.
+        """
         for name, model in self.model.items():
             stored = type(model).from_pretrained(folder, subfolder=name).state_dict()
-            model.load_state_dict(stored)
-            self.average[name].load_state_dict(stored)
+            merged = model.state_dict() | stored
+            model.load_state_dict(merged)
+            self.average[name].load_state_dict(merged)
 
     def save(self) -> None:
         self.args.out.mkdir(parents=True, exist_ok=True)
@@ -186,6 +217,8 @@ def fit(args: argparse.Namespace) -> None:
     trainer = Trainer(args, Batches(args.latents, torch.device(args.device)))
     if args.start:
         trainer.start_from(args.start)
+    if trainer.device.type == "cuda":
+        trainer.capture()
     start = saved = shown = time.time()
     losses: list[Tensor] = []
     while (progress := (time.time() - start) / (60 * args.minutes)) < 1:
@@ -225,7 +258,7 @@ def main() -> None:
     fitting.add_argument("--decay-from", type=float, default=0.3, help="share of the time at full learning rate")
     fitting.add_argument("--layers", type=int, default=6)
     fitting.add_argument("--heads", type=int, default=5)
-    fitting.add_argument("--start", type=Path, help="pipeline folder of the same sizes to go on from")
+    fitting.add_argument("--start", type=Path, help="pipeline folder to go on from, of the same width and as deep at most")
     args = parser.parse_args()
     (cache if args.command == "cache" else fit)(args)
 
