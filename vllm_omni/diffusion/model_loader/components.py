@@ -13,6 +13,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.encoders.channel_norm import use_squared_sums
 from vllm_omni.diffusion.model_loader.weights import (
     AutoWeightsLoader,
     check_complete,
@@ -44,6 +45,8 @@ def load_autoencoder(model_class: Any, od_config: OmniDiffusionConfig, subfolder
         folder = Path(od_config.model) / subfolder
         loaded = AutoWeightsLoader(vae).load_weights(iterate_weights(weight_files(folder, fall_back_to_pt=True)))
         check_complete(vae.state_dict().keys(), loaded, str(folder))
+    if od_config.torch_device.type == "cpu":
+        use_squared_sums(vae)
     if od_config.memory.vae_use_slicing:
         vae.enable_slicing()
     if od_config.memory.vae_use_tiling:
