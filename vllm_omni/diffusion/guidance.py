@@ -25,7 +25,7 @@ class Guidance:
 def classifier_free(predictions: Sequence[torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
     """Classifier-free guidance (arXiv:2207.12598): ``negative + scale * (positive - negative)``."""
     positive, negative = predictions
-    return negative + scale * (positive - negative)
+    return torch.addcmul(negative, scale, positive - negative)
 
 
 def classifier_free_norm_preserving(predictions: Sequence[torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
@@ -35,4 +35,5 @@ def classifier_free_norm_preserving(predictions: Sequence[torch.Tensor], scale: 
     """
     positive, _ = predictions
     combined = classifier_free(predictions, scale)
-    return combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
+    norm = torch.linalg.vector_norm(positive, dim=-1, keepdim=True)
+    return combined * (norm / torch.linalg.vector_norm(combined, dim=-1, keepdim=True))

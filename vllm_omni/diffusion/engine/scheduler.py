@@ -91,6 +91,8 @@ class Scheduler:
 
     def _take_aborted(self) -> tuple[list[ScheduledRequest], list[str]]:
         """Aborted requests, and the ids of those that workers hold a state of."""
+        if not self._aborted:
+            return [], []
         waiting = [scheduled for scheduled in self._waiting if scheduled.request.request_id in self._aborted]
         self._waiting = deque(scheduled for scheduled in self._waiting if scheduled not in waiting)
         release = [key for key in self._running if key in self._aborted]

@@ -101,4 +101,4 @@ class FlowMatchEuler:
         history: Mapping[str, torch.Tensor],
     ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         """``latents [B, ...], prediction [B, ...], coefficients [B, 1, 1, ...] -> latents [B, ...]`` in float32."""
-        return latents + coefficients[:, 0] * prediction, history
+        return torch.addcmul(latents, coefficients[:, 0], prediction), history
