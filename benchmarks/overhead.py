@@ -3,22 +3,26 @@
     python -m benchmarks.overhead --json benchmarks/results/overhead.json
 
 Three ratios of medians, measured in turns within one process: seconds of ``Omni.generate`` over seconds of diffusers'
-pipeline at batch 1, the same per picture at batch 4, and seconds of the engine's steps over those of a bare loop that
-calls the transformer on the same batch as often.
+pipeline at batch 1, the same per picture at batch 4, and seconds of a guided request's steps in ``Omni.generate``, with
+scheduler, executor and worker, over those of a bare loop that calls the transformer on the same rows as often. Then the
+milliseconds of CPU time that the engine itself takes for a step, with a transformer that computes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from diffusers import QwenImagePipeline
 
 from benchmarks.report import alternate, median, write_json
 from vllm_omni import Omni, OmniDiffusionSamplingParams
-from vllm_omni.diffusion.denoise import DenoiseState, _collate, _Rows, denoise_step
+from vllm_omni.diffusion.step_plan import plan_steps
 from vllm_omni.entrypoints.omni import SHIPPED_MODEL
 
 PROMPTS = [
@@ -66,42 +70,58 @@ def compare_with_diffusers(omni: Omni, args: argparse.Namespace, batch_size: int
 
 
 def compare_with_bare_loop(omni: Omni, args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of the steps of one guided request, driven by the engine's function and by a bare loop."""
-    engine = omni._engine
-    assert engine is not None
+    """Median seconds of the steps of one guided request, driven by the engine and by a bare loop."""
+    prompt = {"prompt": PROMPTS[0], "negative_prompt": " "}
     params = OmniDiffusionSamplingParams(num_inference_steps=args.steps, true_cfg_scale=4.0, seed=0)
-    request = engine.validate({"prompt": PROMPTS[0], "negative_prompt": " "}, params)
-    pipeline = engine._executor._worker._runner.pipeline  # type: ignore[union-attr]
-
-    def fresh_state() -> DenoiseState:
-        with torch.inference_mode():
-            return pipeline.prepare(request)
-
-    state = fresh_state()
-    rows = [_Rows(state, branch, 0, 1) for branch in range(2)]
+    pipeline = omni._engine._executor._worker._runner.pipeline  # type: ignore[union-attr]
     with torch.inference_mode():
-        conditions = _collate(rows, pipeline.sequence_conditions)
+        state = pipeline.prepare(omni.resolve(prompt, params))
+        (forward,) = plan_steps([state], pipeline.sequence_conditions, max_batch_size=2).forwards
         latents = torch.cat([state.latents] * 2).to(pipeline.dtype)
-        timestep = state.timesteps[:1].expand(2) / 1000
 
     @torch.inference_mode()
-    def bare() -> None:
-        for _ in range(args.steps):
-            pipeline.transformer(hidden_states=latents, timestep=timestep, **conditions)
+    def bare() -> float:
+        started = time.perf_counter()
+        for timestep in forward.timesteps:
+            pipeline.transformer(hidden_states=latents, timestep=timestep / 1000, **forward.conditions)
+        return time.perf_counter() - started
 
-    @torch.inference_mode()
-    def driven(state: DenoiseState) -> None:
-        while not state.is_done:
-            denoise_step([state], pipeline)
+    def driven() -> float:
+        (output,) = omni.generate(prompt, params)
+        return output.metrics.denoise_s
 
-    states = [fresh_state() for _ in range(args.trials + 1)]
-    times = alternate({"engine": lambda: driven(states.pop()), "bare loop": bare}, args.trials)
-    return {name: median(values) for name, values in times.items()}
+    seconds: dict[str, list[float]] = {"engine": [], "bare loop": []}
+    for trial in range(args.trials + 1):
+        for name, run in (("engine", driven), ("bare loop", bare)):
+            elapsed = run()
+            if trial > 0:
+                seconds[name].append(elapsed)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def measure_engine_alone(omni: Omni, args: argparse.Namespace, batch_size: int) -> float:
+    """Median milliseconds of CPU time per step of ``batch_size`` guided requests, the transformer left out."""
+    num_steps = 20 * args.steps  # so that encoding and decoding, measured apart, weigh little
+    params = OmniDiffusionSamplingParams(num_inference_steps=num_steps, true_cfg_scale=4.0, seed=0)
+    prompts = [{"prompt": prompt, "negative_prompt": " "} for prompt in PROMPTS[:batch_size]]
+
+    def cpu_seconds(params: OmniDiffusionSamplingParams) -> float:
+        started = time.process_time()
+        omni.generate(prompts, params)
+        return time.process_time() - started
+
+    transformer = omni._engine._executor._worker._runner.pipeline.transformer  # type: ignore[union-attr]
+    with mock.patch.object(transformer, "forward", lambda hidden_states, **_: hidden_states * 0.5):
+        both = [
+            (cpu_seconds(params), cpu_seconds(dataclasses.replace(params, num_inference_steps=1)))
+            for _ in range(args.trials)
+        ]
+    return 1000 * median([whole - ends for whole, ends in both]) / (num_steps - 1)
 
 
 def main() -> None:
     args = parse_args()
-    results: dict[str, Any] = {"model": args.model, "steps": args.steps, "trials": args.trials}
+    results: dict[str, Any] = {"model": Path(args.model).name, "steps": args.steps, "trials": args.trials}
     with Omni(args.model, show_progress=False) as omni:
         for batch_size in (1, 4):
             seconds = compare_with_diffusers(omni, args, batch_size)
@@ -112,6 +132,10 @@ def main() -> None:
         ratio = seconds["engine"] / seconds["bare loop"]
         results["steps_over_bare_loop"] = {"seconds": seconds, "ratio": ratio}
         print(f"steps: {seconds}, ratio engine / bare loop {ratio:.3f}")
+        for batch_size in (1, 4):
+            milliseconds = measure_engine_alone(omni, args, batch_size)
+            results[f"engine_alone_batch_{batch_size}_ms_per_step"] = milliseconds
+            print(f"engine alone, batch {batch_size}: {milliseconds:.3f} ms of CPU time per step")
     write_json(args.json, results)
 
 
