@@ -21,6 +21,8 @@ LAYERS: list[tuple[str, ...]] = [
         "diffusion/schedulers",
         "diffusion/encoders",
         "diffusion/denoise",
+        "diffusion/denoise_state",
+        "diffusion/step_plan",
         "diffusion/step_memory",
         "diffusion/staged_forward",
         "diffusion/sequences",

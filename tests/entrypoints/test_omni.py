@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
 from vllm_omni import Omni, OmniDiffusionSamplingParams
+from vllm_omni.diffusion.denoise import DenoiseState
 from vllm_omni.errors import (
     EngineClosedError,
     GenerationError,
@@ -182,6 +185,13 @@ def test_closing_frees_the_model(qwen_folder):
     omni.close()
     gc.collect()
     assert model() is None
+
+
+def test_nothing_of_a_request_is_left_when_it_is_done_or_aborted(qwen_omni):
+    qwen_omni.generate(["one", "two"], [params(), params(num_inference_steps=2)])
+    qwen_omni.generate("three", params(), progress=lambda event: qwen_omni.abort(event.request_id))
+    gc.collect()
+    assert not any(type(thing) is DenoiseState for thing in gc.get_objects())
 
 
 def test_random_weights_need_only_the_configurations(qwen_folder, tmp_path):

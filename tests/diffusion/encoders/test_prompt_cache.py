@@ -51,6 +51,16 @@ def test_a_cache_of_no_entries_keeps_nothing():
     assert len(cache) == 0
 
 
+def test_nothing_is_let_go_while_requests_share_and_the_limit_holds_again_afterwards():
+    cache, encoder = PromptEmbedCache(1), Encoder()
+    with cache.sharing():
+        for key in ("a", "b", "a"):
+            encoder(cache, key)
+        assert len(cache) == 2
+    assert encoder.keys == ["a", "b"]
+    assert len(cache) == 1
+
+
 def test_a_failure_is_not_kept():
     cache = PromptEmbedCache(2)
     with pytest.raises(ZeroDivisionError):
@@ -112,10 +122,14 @@ def test_every_family_encodes_a_repeated_text_once(build, num_texts, tmp_path, m
     assert torch.equal(first.images[0], again.images[0])
 
 
-def test_without_the_option_every_text_is_encoded(qwen_omni, monkeypatch):
+def test_without_the_option_only_requests_that_are_prepared_together_share_a_text(qwen_omni, monkeypatch):
     calls = counted_texts(qwen_omni, monkeypatch)
-    qwen_omni.generate([{"prompt": "a cat", "negative_prompt": "a cat"}] * 2, params(height=32, width=32))
-    assert len(calls) == 4
+    prompts = [{"prompt": text, "negative_prompt": "blurry"} for text in ("a cat", "a red circle", "a cat")]
+    first = qwen_omni.generate(prompts, params(height=32, width=32))
+    assert len(calls) == 3, "a cat, a red circle and blurry, each once"
+    (again,) = qwen_omni.generate(prompts[0], params(height=32, width=32))
+    assert len(calls) == 5, "nothing is kept for another call"
+    torch.testing.assert_close(first[0].images[0], again.images[0])
 
 
 def test_a_limit_that_a_kept_text_exceeds_is_still_an_error(qwen_folder):

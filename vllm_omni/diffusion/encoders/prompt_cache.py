@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from PIL import Image
@@ -15,13 +16,15 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 class PromptEmbedCache:
     """The most recently used embeddings, on the device that computed them. It belongs to one pipeline.
 
-    A pipeline that encodes its prompts through one says so by ``caches_prompt_embeds = True``. What a hit returns
-    is the very tensor of the first time, so results do not depend on the cache, and nobody may write to it.
+    A pipeline that encodes its prompts through one says so by ``caches_prompt_embeds = True`` and has it as
+    ``prompt_embed_cache``. What a hit returns is the very tensor of the first time, so results do not depend on the
+    cache, and nobody may write to it.
     """
 
     def __init__(self, max_entries: int) -> None:
-        """``max_entries`` of 0 keeps nothing."""
+        """``max_entries`` of 0 keeps nothing, but for :meth:`sharing`."""
         self._max_entries = max_entries
+        self._is_sharing = False
         self._embeds: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
 
     @classmethod
@@ -36,14 +39,25 @@ class PromptEmbedCache:
         """The embedding of ``key``, which holds all that it depends on; by ``encode`` if it is not kept."""
         embeds = self._embeds.get(key)
         if embeds is None:
-            embeds = encode()
-            if self._max_entries == 0:
-                return embeds
-            self._embeds[key] = embeds
+            embeds = self._embeds[key] = encode()
         self._embeds.move_to_end(key)
+        if not self._is_sharing:
+            self._let_go()
+        return embeds
+
+    @contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Nothing is let go before the end of the block: requests prepared within it encode equal prompts once."""
+        self._is_sharing = True
+        try:
+            yield
+        finally:
+            self._is_sharing = False
+            self._let_go()
+
+    def _let_go(self) -> None:
         while len(self._embeds) > self._max_entries:
             self._embeds.popitem(last=False)
-        return embeds
 
 
 def pictures_key(pictures: Sequence[Image.Image]) -> tuple[Hashable, ...]:

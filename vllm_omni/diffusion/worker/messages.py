@@ -45,7 +45,10 @@ class WorkerOutput:
 
 @dataclass(kw_only=True)
 class WorkerResult:
-    """What became of a :class:`WorkerCommand`. A request that failed is in ``errors`` and is forgotten."""
+    """What became of a :class:`WorkerCommand`. A request that failed is in ``errors`` and is forgotten.
+
+    The last two are for receipts, and empty while no request has finished.
+    """
 
     finished: dict[str, WorkerOutput] = field(default_factory=dict)
     errors: dict[str, Exception] = field(default_factory=dict)

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,9 +16,11 @@ from vllm_omni.diffusion.cache import apply_cache, check_cache
 from vllm_omni.diffusion.compile import apply_compile, check_compile
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.denoise import DenoiseState, denoise_step
+from vllm_omni.diffusion.encoders.prompt_cache import PromptEmbedCache
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader, LoadProgress
 from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.diffusion.step_plan import StepPlan
 from vllm_omni.diffusion.worker.messages import StageTimes, WorkerCommand, WorkerOutput, WorkerResult
 from vllm_omni.errors import FeatureNotAvailableError, InsufficientMemoryError, NonFiniteOutputError
 from vllm_omni.outputs import StepCacheUse
@@ -47,7 +49,8 @@ class ModelRunner:
         self._config = od_config
         self._platform = get_platform(od_config.torch_device)
         pipeline_class = resolve_diffusion_model(od_config.model_class_name).pipeline_class
-        if od_config.enable_prompt_embed_cache and not getattr(pipeline_class, "caches_prompt_embeds", False):
+        caches_prompt_embeds = getattr(pipeline_class, "caches_prompt_embeds", False)
+        if od_config.enable_prompt_embed_cache and not caches_prompt_embeds:
             raise FeatureNotAvailableError(
                 f"enable_prompt_embed_cache=True: {pipeline_class.__name__} encodes its prompts without a cache; leave"
                 " the option out"
@@ -59,25 +62,34 @@ class ModelRunner:
         )
         self._compiled_blocks = apply_compile(self.pipeline, od_config)
         apply_cache(self.pipeline, od_config)
+        self._prompt_embed_cache = PromptEmbedCache(0)
+        if caches_prompt_embeds:
+            self._prompt_embed_cache = cast(PromptEmbedCache, self.pipeline.prompt_embed_cache)
+        self._attention_layers = [layer for layer in self.pipeline.modules() if isinstance(layer, Attention)]
         self._running: dict[str, _Running] = {}
+        self._plan: StepPlan | None = None  # of the running requests, for as long as none comes or leaves
         self._steps_ahead: deque[Callable[[], None]] = deque()
 
     def execute(self, command: WorkerCommand) -> WorkerResult:
         """Carry out one command."""
         result = WorkerResult()
+        if command.release or command.prepare or command.decode:
+            self._plan = None  # it holds conditions of requests that leave; decoding needs the memory
         for request_id in command.release:
             self._running.pop(request_id, None)
-        for request in command.prepare:
-            self._guard(result, request.request_id, self._prepare, request)
+        with self._prompt_embed_cache.sharing():
+            for request in command.prepare:
+                self._guard(result, request.request_id, self._prepare, request)
         for request_id in command.decode:
             self._guard(result, request_id, self._finish, request_id, result)
         group = [self._running[request_id] for request_id in command.step if request_id in self._running]
         self._step(group, command.max_batch_size, result)
         for request_id in (*result.errors, *result.finished):
             self._running.pop(request_id, None)
-        result.attention_backends = self._used_attention_backends()
-        if self._compiled_blocks is not None:
-            result.accelerations = (self._compiled_blocks.describe(),)
+        if result.finished:
+            result.attention_backends = self._used_attention_backends()
+            if self._compiled_blocks is not None:
+                result.accelerations = (self._compiled_blocks.describe(),)
         return result
 
     def _prepare(self, request: OmniDiffusionRequest) -> None:
@@ -105,8 +117,9 @@ class ModelRunner:
         if not states:
             return
         try:
-            denoise_step(states, self.pipeline, max_batch_size)
+            self._plan = denoise_step(states, self.pipeline, max_batch_size, self._plan)
         except Exception as error:
+            self._plan = None
             self._platform.empty_cache()
             if len(states) == 1:
                 result.errors[states[0].request_id] = _explained(error)
@@ -159,7 +172,7 @@ class ModelRunner:
         pixels: torch.Tensor = self.pipeline.decode(state)
         return pixels
 
-    def _guard(self, result: WorkerResult, request_id: str, work: Callable[..., None], *arguments: Any) -> None:
+    def _guard(self, result: WorkerResult, request_id: str, work: Callable[..., object], *arguments: Any) -> None:
         """Run ``work`` of one request; what it raises becomes that request's error."""
         try:
             work(*arguments)
@@ -168,8 +181,7 @@ class ModelRunner:
             self._platform.empty_cache()
 
     def _used_attention_backends(self) -> tuple[str, ...]:
-        layers = (module for module in self.pipeline.modules() if isinstance(module, Attention))
-        return tuple(sorted(set().union(*(layer.used_backends for layer in layers))))
+        return tuple(sorted(set().union(*(layer.used_backends for layer in self._attention_layers))))
 
 
 def is_stepped(pipeline_class: type[nn.Module]) -> bool:

@@ -121,6 +121,7 @@ class WanPipeline(nn.Module):
             {"encoder_hidden_states": self._encode(request, text, embeds), **shared} for text, embeds in texts
         )
         experts = self._experts(schedule.timesteps)
+        by_expert = {name: {"expert": name} for name in experts}
         guidance = None
         if len(branches) > 1:
             scales = [params.guidance_scale if name == _EXPERTS[0] else params.guidance_scale_2 for name in experts]
@@ -133,7 +134,7 @@ class WanPipeline(nn.Module):
             sigmas=schedule.sigmas.to(self.device),
             timesteps=schedule.timesteps.to(self.device),
             branches=branches,
-            step_conditions=tuple({"expert": name} for name in experts),
+            step_conditions=tuple(by_expert[name] for name in experts),
             sampler=schedule.sampler,
             guidance=guidance,
             height=params.height,
