@@ -217,7 +217,7 @@ def fit(args: argparse.Namespace) -> None:
     trainer = Trainer(args, Batches(args.latents, torch.device(args.device)))
     if args.start:
         trainer.start_from(args.start)
-    if trainer.device.type == "cuda":
+    if trainer.device.type == "cuda" and args.capture:
         trainer.capture()
     start = saved = shown = time.time()
     losses: list[Tensor] = []
@@ -259,6 +259,7 @@ def main() -> None:
     fitting.add_argument("--layers", type=int, default=6)
     fitting.add_argument("--heads", type=int, default=5)
     fitting.add_argument("--start", type=Path, help="pipeline folder to go on from, of the same width and as deep at most")
+    fitting.add_argument("--no-capture", dest="capture", action="store_false", help="no CUDA graph of the step")
     args = parser.parse_args()
     (cache if args.command == "cache" else fit)(args)
 
