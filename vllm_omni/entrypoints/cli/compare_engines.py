@@ -177,18 +177,18 @@ def check_parameters(pipeline_class: type[Any], prompts: Sequence[OmniPrompt], g
 def diffusers_arguments(pipeline_class: type[Any], call: Call) -> dict[str, Any]:
     """The keyword arguments that ask diffusers for the same. Raises ``InvalidRequestError`` for what it cannot."""
     accepted = inspect.signature(pipeline_class.__call__).parameters
-    wanted: dict[str, Any] = {**call.texts}
-    wanted |= {name: value for name, value in call.parameters.items() if name not in _NOT_PASSED}
+    asked: dict[str, Any] = {**call.texts}
+    asked |= {name: value for name, value in call.parameters.items() if name not in _NOT_PASSED}
     if call.images:
         opened = [Image.open(io.BytesIO(picture)) for picture in call.images]
         pictures = [picture if picture.mode == "RGBA" else picture.convert("RGB") for picture in opened]
-        wanted["image"] = pictures[0] if len(pictures) == 1 else pictures
-    if wanted.get("num_outputs_per_prompt") == 1:
-        del wanted["num_outputs_per_prompt"]
-    arguments = {_diffusers_name(pipeline_class, accepted, name): value for name, value in wanted.items()}
-    if "max_area" in accepted and "height" in wanted:
+        asked["image"] = pictures[0] if len(pictures) == 1 else pictures
+    if asked.get("num_outputs_per_prompt") == 1:
+        del asked["num_outputs_per_prompt"]
+    arguments = {_diffusers_name(pipeline_class, accepted, name): value for name, value in asked.items()}
+    if "max_area" in accepted and "height" in asked:
         # Such a pipeline scales every size to this area.
-        arguments["max_area"] = wanted["height"] * wanted["width"]
+        arguments["max_area"] = asked["height"] * asked["width"]
     return arguments
 
 
