@@ -18,7 +18,9 @@ class Muon(torch.optim.Optimizer):
     `lr * sqrt(max(1, out / in))`.
     """
 
-    def __init__(self, parameters: list[Tensor], lr: float | Tensor, match_adam: bool, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, parameters: list[Tensor], lr: float | Tensor, match_adam: bool, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": 0.95, "weight_decay": weight_decay})
         self.match_adam = match_adam
         self.shapes: dict[torch.Size, list[Tensor]] = {}

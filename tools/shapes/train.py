@@ -114,7 +114,7 @@ class Trainer:
         self.step, self.seen = 0, 0
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        """Muon for the matrices within blocks and layers, AdamW for all else. Rates are tensors: a replay reads them."""
+        """Muon for matrices within blocks and layers, AdamW for all else. Rates are tensors: a replay reads them."""
         inner, rest = [], []
         for name, p in self.model.named_parameters():
             if p.requires_grad:
@@ -258,7 +258,7 @@ def main() -> None:
     fitting.add_argument("--decay-from", type=float, default=0.3, help="share of the time at full learning rate")
     fitting.add_argument("--layers", type=int, default=6)
     fitting.add_argument("--heads", type=int, default=5)
-    fitting.add_argument("--start", type=Path, help="pipeline folder to go on from, of the same width and as deep at most")
+    fitting.add_argument("--start", type=Path, help="pipeline folder to go on from, as wide and at most as deep")
     fitting.add_argument("--no-capture", dest="capture", action="store_false", help="no CUDA graph of the step")
     args = parser.parse_args()
     (cache if args.command == "cache" else fit)(args)
