@@ -106,7 +106,7 @@ def test_pictures_are_brought_to_the_size_that_diffusers_gives_them(omni, monkey
     monkeypatch.setattr(pipeline_qwen_image_edit, "_PICTURE_AREA", 1024 * 1024)
     request = omni._engine.validate(edit(Image.new("RGB", size)), params())
     width, height, _ = calculate_dimensions(1024 * 1024, size[0] / size[1])
-    assert request.extra["picture"].size == (width, height)
+    assert request.extra["latents_pictures"][0].size == (width, height)
     assert (request.sampling_params.width, request.sampling_params.height) == (width, height)
 
 

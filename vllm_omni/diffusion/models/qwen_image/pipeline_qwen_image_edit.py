@@ -1,5 +1,8 @@
 """Qwen-Image-Edit: one picture, changed as a text says (arXiv:2508.02324), from the folder layout of diffusers.
 
+Pre-processing leaves in ``request.extra`` the pictures as the text encoder sees them, ``encoder_pictures``, and as the
+transformer does, ``latents_pictures``.
+
 Shapes: N outputs, L tokens of text and pictures, J width of the text encoder, I noisy image tokens, C latent channels
 of a packed token.
 """
@@ -72,22 +75,22 @@ class QwenImageEditPipeline(nn.Module):
         return pictures.edit_request_spec(od_config)
 
     def prepare(self, request: OmniDiffusionRequest) -> DenoiseState:
-        """Encode the prompts and the picture, draw the noise and lay out the noise levels."""
+        """Encode the prompts and the pictures, draw the noise and lay out the noise levels."""
         params = request.sampling_params
         rows, columns = common.token_grid(params.height, params.width, self.vae_scale_factor)
         frame = (self.vae.config.z_dim, rows * common.PATCH_SIZE, columns * common.PATCH_SIZE)
         mu = resolution_shift(rows * columns, self.scheduler_config)
-        picture = request.extra["picture"]
+        shown = request.extra["encoder_pictures"]
         encode = pictures.edit_encoder(
             self.text_encoder,
             self.tokenizer,
             self.image_processor,
-            pictures=[picture],
-            introduction=pictures.PLACEHOLDER,
+            pictures=shown,
+            introduction=self.introduction(len(shown)),
             max_length=params.max_sequence_length,
             cache=self.prompt_embed_cache,
         )
-        image_latents, shapes = pictures.picture_latents(self.vae, [picture], self.dtype)
+        image_latents, shapes = pictures.picture_latents(self.vae, request.extra["latents_pictures"], self.dtype)
         return common.denoise_state(
             request,
             embeds=common.text_branches(request, encode, self.dtype, self.device),
@@ -95,6 +98,10 @@ class QwenImageEditPipeline(nn.Module):
             sigmas=request_sigmas(request, mu, self.scheduler_config).to(self.device),
             conditions={"img_shapes": ((1, rows, columns), *shapes), "image_latents": image_latents},
         )
+
+    def introduction(self, num_pictures: int) -> str:
+        """What stands before the text of a prompt, with a placeholder for each picture."""
+        return pictures.PLACEHOLDER * num_pictures
 
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """``latents [B, I, C], timestep [B] in [0, 1000] -> velocity [B, I, C]``."""
@@ -115,6 +122,6 @@ def _pre_process(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
     (picture,) = prompt_images(request.prompt)
     resized = pictures.fit_to_area(picture, _PICTURE_AREA)
     pictures.default_to_size_of(request, resized)
-    request.extra["picture"] = resized
+    request.extra["encoder_pictures"] = request.extra["latents_pictures"] = [resized]
     del request.prompt["multi_modal_data"]  # what is kept of it is smaller
     return request
