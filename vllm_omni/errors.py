@@ -83,6 +83,12 @@ class EngineClosedError(OmniError, RuntimeError):
     """The engine was closed and takes no more requests."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def nearest_name(name: str, allowed: Iterable[str]) -> str:
     """A sentence that helps someone who mistyped ``name``: the nearest allowed name, or all of them."""
     allowed = sorted(allowed)

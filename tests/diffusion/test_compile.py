@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import weakref
 
@@ -18,6 +19,9 @@ from vllm_omni.diffusion.compile import CompiledBlocks, apply_compile
 from vllm_omni.diffusion.engine.configure import configure
 from vllm_omni.errors import AttentionBackendError, FeatureNotAvailableError, GenerationError
 
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler on a CPU"
+)
 SIZES = [(64, 96), (32, 64), (64, 64)]
 PICTURE = {"image": picture(64, 48)}
 # family: (checkpoint, classes of blocks, parameters, pictures)
@@ -71,10 +75,12 @@ def assert_compiled_equals_eager(folder, num_classes, **params):
         assert num_graphs() == before, "what was compiled stays"
 
 
+@needs_compiler
 def test_compiled_blocks_equal_eager_ones_and_another_size_recompiles_at_most_once(qwen_folder):
     assert_compiled_equals_eager(qwen_folder, 1, true_cfg_scale=3.0)
 
 
+@needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_compiles(family, tmp_path):

@@ -142,8 +142,10 @@ def test_a_string_is_never_opened_or_fetched(monkeypatch, value):
 
 
 def test_broken_bytes_are_refused():
-    assert "no picture" in refusal(b"")
-    assert "no picture" in refusal(b"GIF89a and nothing else")
+    for value in (b"", b"GIF89a and nothing else"):
+        assert f"image holds {len(value)} bytes that are no picture" in refusal(value)
+        assert "PNG, JPEG or WebP" in refusal(value)
+        assert "object at" not in refusal(value)
     assert "cannot be decoded" in refusal(encoded(PICTURE.resize((200, 200)))[:-200])
     assert "cannot be decoded" in refusal(Image.open(io.BytesIO(encoded(PICTURE.resize((200, 200)))[:-200])))
     assert "broken base64" in refusal("data:image/png;base64,@@@")
@@ -156,6 +158,7 @@ def test_a_picture_that_unpacks_to_gigabytes_is_refused_before_that(side):
     assert side * side > MAX_PIXELS
     for value in (huge, encoded(huge)):
         assert f"{MAX_PIXELS:,}" in refusal(value)
+        assert "scale it down" in refusal(value)
 
 
 def test_an_animation_is_refused():

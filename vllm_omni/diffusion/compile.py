@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.errors import FeatureNotAvailableError
+from vllm_omni.errors import FeatureNotAvailableError, first_line
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -95,14 +95,9 @@ def _compiled(forward: Callable[..., Any], blocks: CompiledBlocks) -> Callable[.
         except TorchDynamoException as error:
             # Inputs that the code cannot take fail here again, with the error that says why, and prove nothing.
             output = forward(*args, **kwargs)
-            blocks.failure = _reason(error)
+            blocks.failure = first_line(error)
             logger.warning("torch.compile failed, the transformer runs eagerly: %s", error)
             return output
         return forward(*args, **kwargs)
 
     return compiled_or_eager
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

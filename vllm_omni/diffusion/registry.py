@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from vllm_omni.errors import UnsupportedPipelineError, nearest_name
+from vllm_omni.errors import UnsupportedPipelineError
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -106,9 +106,8 @@ def resolve_diffusion_model(model_class_name: str) -> DiffusionModel:
     if model_class_name not in _DIFFUSION_MODELS:
         raise UnsupportedPipelineError(
             f"no model is registered for the pipeline class {model_class_name!r};"
-            f" {nearest_name(model_class_name, _DIFFUSION_MODELS)} (registered:"
-            f" {', '.join(sorted(_DIFFUSION_MODELS))}). docs/adding_a_model.md says how to add one, in this tree or by"
-            " vllm_omni.diffusion.registry.register_diffusion_model from another package"
+            f" registered: {', '.join(sorted(_DIFFUSION_MODELS))}. docs/adding_a_model.md says how to add one, in"
+            " this tree or by vllm_omni.diffusion.registry.register_diffusion_model from another package"
         )
     folder, file, class_name = _DIFFUSION_MODELS[model_class_name]
     module = importlib.import_module(_module_name(folder, file))

@@ -88,7 +88,7 @@ def _data_url_bytes(value: str, param: str) -> bytes:
     try:
         return base64.b64decode(value[header.end() :], validate=True)
     except binascii.Error as error:
-        raise InvalidRequestError(f"{param} is a data URL with broken base64: {error}", param=param) from error
+        raise InvalidRequestError(f"{param} is a data URL with broken base64 ({error})", param=param) from error
 
 
 def _decode(encoded: bytes, param: str) -> Image.Image:
@@ -104,11 +104,17 @@ def _decode(encoded: bytes, param: str) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise InvalidRequestError(
-            f"{param} is too large: {error}; at most {MAX_PIXELS:,} are taken", param=param
+            f"{param} unpacks to a larger picture than the {MAX_PIXELS:,} pixels that are taken; scale it down",
+            param=param,
         ) from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UnidentifiedImageError as error:  # its own text names a buffer of ours
         raise InvalidRequestError(
-            f"{param} holds {len(encoded)} bytes that are no picture: {error}", param=param
+            f"{param} holds {len(encoded)} bytes that are no picture; give the bytes of a PNG, JPEG or WebP file",
+            param=param,
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InvalidRequestError(
+            f"{param} holds {len(encoded)} bytes that are no picture ({error}); give those of a whole file", param=param
         ) from error
 
 
@@ -124,7 +130,9 @@ def _checked(picture: Image.Image, param: str) -> Image.Image:
     try:
         picture.load()
     except (OSError, SyntaxError, ValueError) as error:
-        raise InvalidRequestError(f"{param} cannot be decoded: {error}", param=param) from error
+        raise InvalidRequestError(
+            f"{param} cannot be decoded ({error}); give all bytes of the file", param=param
+        ) from error
     return picture
 
 
@@ -146,7 +154,7 @@ def _from_array(values: np.ndarray, param: str) -> Image.Image:
 def _check_size(picture: Image.Image, param: str) -> None:
     if picture.width * picture.height > MAX_PIXELS:
         raise InvalidRequestError(
-            f"{param} is {picture.width} x {picture.height} pixels; at most {MAX_PIXELS:,} pixels are taken",
+            f"{param} is {picture.width} x {picture.height} pixels; at most {MAX_PIXELS:,} are taken, so scale it down",
             param=param,
         )
 

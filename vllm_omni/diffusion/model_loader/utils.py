@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from vllm_omni.errors import HubUnreachableError, InvalidModelFolderError, ModelNotFoundError
+from vllm_omni.errors import HubUnreachableError, InvalidModelFolderError, ModelNotFoundError, first_line
 
 
 def download_weights_from_hf_specific(
@@ -40,7 +40,8 @@ def download_weights_from_hf_specific(
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise HubUnreachableError(
-            f"model={model_name_or_path!r} is not in the local cache and the hub cannot be reached ({error});"
+            f"model={model_name_or_path!r} is not in the local cache and the hub cannot be reached"
+            f" ({first_line(error)});"
             " connect to the network, or give the path of a local folder"
         ) from error
 

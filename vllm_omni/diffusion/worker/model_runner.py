@@ -22,7 +22,7 @@ from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.step_plan import StepPlan
 from vllm_omni.diffusion.worker.messages import StageTimes, WorkerCommand, WorkerOutput, WorkerResult
-from vllm_omni.errors import FeatureNotAvailableError, InsufficientMemoryError, NonFiniteOutputError
+from vllm_omni.errors import FeatureNotAvailableError, InsufficientMemoryError, NonFiniteOutputError, first_line
 from vllm_omni.outputs import StepCacheUse
 from vllm_omni.platforms import get_platform
 
@@ -191,10 +191,9 @@ def is_stepped(pipeline_class: type[nn.Module]) -> bool:
 
 def _explained(error: Exception) -> Exception:
     """Memory that ran out, as an error that says what to do; any other error as it is."""
-    text = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         explained = InsufficientMemoryError(
-            f"the device ran out of memory ({text.splitlines()[0] if text else type(error).__name__}); ask for a"
+            f"the device ran out of memory ({first_line(error)}); ask for a"
             " smaller size or fewer outputs, lower max_batch_size, or set vae_use_tiling=True"
         )
         explained.__cause__ = error
