@@ -60,6 +60,23 @@ def test_bad_input_is_one_line_that_names_it(generate, arguments, status, messag
     assert result[2].count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--step-count=3"], "unknown option --step-count=3; --help lists all options"),
+        (["--negativ-promt", "blurry"], "unknown option --negativ-promt; did you mean --negative-prompt?"),
+        (["on", "a", "mat"], "unexpected 'on'; text of several words goes in quotes"),
+    ],
+)
+def test_an_argument_that_is_not_known_gets_advice(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "a cat", *arguments])
+    assert caught.value.code == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.startswith("usage: vllm-omni generate")
+
+
 def test_a_model_that_is_not_there_is_one_line(capsys):
     assert main(["generate", "a cat", "--model", "/nowhere/at/all"]) == 1
     assert "no such folder" in capsys.readouterr().err

@@ -88,7 +88,9 @@ def test_videos_are_compared_frame_by_frame(tmp_path, capsys):
     folder = tiny_wan.wan_t2v(tmp_path / "model")
     command = ["compare", str(folder), "--prompt", "a cat", "--num-frames", "5", "--fps", "8", *SMALL]
     assert main([*command, "--num-trials", "1", "--num-warmup", "0", "--output-dir", str(tmp_path / "out")]) == 0
-    assert str(tmp_path / "out" / "report.html") in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert str(tmp_path / "out" / "report.html") in captured.out
+    assert "Loading" not in captured.err
     text = (tmp_path / "out" / "report.html").read_text()
     assert text.count('src="data:video/mp4;base64,') == 3
     (output,) = json.loads((tmp_path / "out" / "results.json").read_text())["outputs"]

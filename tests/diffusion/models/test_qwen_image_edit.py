@@ -213,7 +213,7 @@ WIDE.save(ANIMATION, "GIF", save_all=True, append_images=[TALL.resize(WIDE.size)
         ("/etc/passwd", "never opened"),
         ("file:///etc/passwd", "never opened"),
         (Image.new("1", (30_000, 30_000)), "at most"),
-        (encoded(Image.new("1", (30_000, 30_000))), "too large"),
+        (encoded(Image.new("1", (30_000, 30_000))), "scale it down"),
         (Image.new("1", (3000, 20)), "crop"),
         (ANIMATION.getvalue(), "animated"),
         (Image.fromarray(np.zeros((8, 8), np.uint16)), "8 bits"),

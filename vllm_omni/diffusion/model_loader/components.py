@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as transformers_logging
@@ -66,7 +67,7 @@ def load_text_encoder(model_class: Any, od_config: OmniDiffusionConfig, subfolde
         return model.requires_grad_(False).eval()
     weight_files(folder, fall_back_to_pt=True)  # raises if a file is missing
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             model, report = model_class.from_pretrained(
                 folder, dtype=od_config.torch_dtype, output_loading_info=True, local_files_only=True
             )
@@ -77,15 +78,16 @@ def load_text_encoder(model_class: Any, od_config: OmniDiffusionConfig, subfolde
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keeps transformers from drawing a bar of its own, also where standard error is no terminal."""
-    was_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+def no_progress_bar() -> Iterator[None]:
+    """Keeps transformers and diffusers from drawing bars of their own, also where standard error is no terminal."""
+    libraries = [logging for logging in (transformers_logging, diffusers_logging) if logging.is_progress_bar_enabled()]
+    for logging in libraries:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
-        if was_enabled:
-            transformers_logging.enable_progress_bar()
+        for logging in libraries:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(tokenizer_class: Any, od_config: OmniDiffusionConfig, subfolder: str = "tokenizer") -> Any:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.model_loader.components import no_progress_bar
 from vllm_omni.entrypoints.omni import Omni
 from vllm_omni.errors import ComparisonError, InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
@@ -206,7 +207,7 @@ def _diffusers_name(pipeline_class: type[Any], accepted: Mapping[str, Any], name
 def _load_reference(config: OmniDiffusionConfig) -> Any:
     diffusers = importlib.import_module("diffusers")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), no_progress_bar():
             # torch_dtype is the name that every release knows; the newest ones want another.
             warnings.simplefilter("ignore", FutureWarning)
             pipeline = diffusers.DiffusionPipeline.from_pretrained(config.model, torch_dtype=config.torch_dtype)

@@ -115,7 +115,8 @@ def _summary(output: OmniRequestOutput, load_s: float) -> str:
     assert receipt is not None
     frames = "" if receipt.num_frames is None else f" x {receipt.num_frames} frames"
     seeds = "" if receipt.seeds is None else f", seed {', '.join(map(str, receipt.seeds))}"
+    plural = "" if metrics.num_steps == 1 else "s"
     return (
-        f"{receipt.width} x {receipt.height}{frames}, {metrics.num_steps} steps{seeds}: {metrics.total_s:.1f} s"
+        f"{receipt.width} x {receipt.height}{frames}, {metrics.num_steps} step{plural}{seeds}: {metrics.total_s:.1f} s"
         f" ({metrics.denoise_s:.1f} s denoising; loading {load_s:.1f} s) on {receipt.device} in {receipt.dtype}"
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -33,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Declaring a command's options imports its engine; other commands, --version and --help do without.
         if name in argv[:1]:
             importlib.import_module(module_name).add_arguments(command)
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        command = commands.choices[arguments.command]
+        command.error(_unknown_text(unknown[0], options=re.findall(r"--[\w-]+", command.format_usage())))
     try:
         importlib.import_module(_COMMANDS[arguments.command][0]).run(arguments)
     except KeyboardInterrupt:
@@ -43,6 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vllm-omni: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (InvalidRequestError, InvalidConfigError)) else 1
     return 0
+
+
+def _unknown_text(argument: str, options: Sequence[str]) -> str:
+    if not argument.startswith("-"):
+        return f"unexpected {argument!r}; text of several words goes in quotes"
+    close = difflib.get_close_matches(argument.partition("=")[0], options, n=1)
+    return f"unknown option {argument}; " + (f"did you mean {close[0]}?" if close else "--help lists all options")
 
 
 if __name__ == "__main__":
