@@ -57,10 +57,6 @@ class ForwardRow:
     num_steps: int
 
     @property
-    def is_first_step(self) -> bool:
-        return self.step_index == 0
-
-    @property
     def is_last_step(self) -> bool:
         return self.step_index == self.num_steps - 1
 

@@ -197,7 +197,8 @@ def _resolve_seed(params: OmniDiffusionSamplingParams) -> None:
     if params.seed is None:
         # 32 bits are enough to never meet twice, and short enough to read out and type in again.
         params.seed = secrets.randbits(32)
-    last = params.seed + (params.num_outputs_per_prompt or 1) - 1
+    assert params.num_outputs_per_prompt is not None, "resolved before the seed"
+    last = params.seed + params.num_outputs_per_prompt - 1
     if last > MAX_SEED:
         raise InvalidRequestError(
             f"seed={params.seed}: output i uses seed + i, and the last one would exceed {MAX_SEED}", param="seed"
