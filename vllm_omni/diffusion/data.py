@@ -28,6 +28,14 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# What a model makes -> whether it starts from a picture.
+TASKS: dict[str, bool] = {
+    "text-to-image": False,
+    "image-edit": True,
+    "image-to-layers": True,
+    "text-to-video": False,
+    "image-to-video": True,
+}
 ATTENTION_BACKENDS = ("TORCH_SDPA", "CUDNN_ATTN", "FLASH_ATTN")
 
 
@@ -248,10 +256,11 @@ class RequestSpec:
 
     ``defaults`` names the parameters that depend on the model, with the value that an absent one gets, and
     ``extra_args`` those of this model alone. A request that sets another one is refused. ``check`` raises
-    ``InvalidRequestError`` for what only the model knows.
+    ``InvalidRequestError`` for what only the model knows. ``tasks`` are those of ``TASKS`` that the model can do.
     """
 
     defaults: Mapping[str, Any]
+    tasks: tuple[str, ...] = ()
     cfg_parameters: tuple[str, ...] = ("true_cfg_scale",)  # those that are scales of classifier-free guidance
     size_multiple: int = 1  # pixels; height and width must be multiples of it
     output_types: tuple[str, ...] = ("pil", "np", "pt", "latent")

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from vllm_omni.diffusion.data import OmniDiffusionConfig, RequestSpec
 from vllm_omni.errors import UnsupportedPipelineError
 from vllm_omni.logger import init_logger
 
@@ -66,6 +67,13 @@ class DiffusionModel:
     pipeline_class: type[nn.Module]
     get_pre_process_func: Callable[..., Any] | None
     get_post_process_func: Callable[..., Any] | None
+
+    def request_spec(self, od_config: OmniDiffusionConfig) -> RequestSpec | None:
+        """What requests the pipeline takes, or None if it does not say."""
+        make_spec: Callable[[OmniDiffusionConfig], RequestSpec] | None = getattr(
+            self.pipeline_class, "request_spec", None
+        )
+        return None if make_spec is None else make_spec(od_config)
 
 
 def register_diffusion_model(

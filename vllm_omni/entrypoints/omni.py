@@ -11,36 +11,67 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from vllm_omni.diffusion.engine.configure import configure
+from vllm_omni.diffusion.data import TASKS
+from vllm_omni.diffusion.engine.configure import check_task, configure
 from vllm_omni.diffusion.engine.engine import Engine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
-from vllm_omni.errors import EngineClosedError, GenerationError, InvalidRequestError
+from vllm_omni.errors import EngineClosedError, GenerationError, InvalidConfigError, InvalidRequestError, nearest_name
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, PromptInput
 from vllm_omni.outputs import OmniRequestOutput, StepProgress
 
 ProgressCallback = Callable[[StepProgress], None]
 
-# Ships with the package: a small text-to-image model of coloured shapes, so that everything runs without a download.
-SHIPPED_MODEL = Path(__file__).parent.parent / "assets" / "shapes-qwen-image"
+# Small models of coloured shapes that ship with the package, by task, so that everything runs without a download.
+_ASSETS = Path(__file__).parent.parent / "assets"
+SHIPPED_MODELS = {"text-to-image": _ASSETS / "shapes-qwen-image"}
+SHIPPED_MODEL = SHIPPED_MODELS["text-to-image"]
+
+
+def choose_model(model: str | None, task: str | None) -> str:
+    """The model that is named, or the one that ships along for ``task``; without either, the one for text to image.
+
+    Raises ``InvalidConfigError`` for a task that does not exist, or that no shipped model does.
+    """
+    if task is not None and task not in TASKS:
+        raise InvalidConfigError(f"task={task!r} is unknown; {nearest_name(str(task), TASKS)}", option="task")
+    if model is not None:
+        return model
+    if task is not None and task not in SHIPPED_MODELS:
+        raise InvalidConfigError(
+            f"task={task!r}: no model for it ships along, only for {', '.join(SHIPPED_MODELS)}; name a model",
+            option="task",
+        )
+    return str(SHIPPED_MODEL if task is None else SHIPPED_MODELS[task])
 
 
 class Omni:
     """A diffusion model, loaded and ready.
 
     ``model`` is a folder in the layout of a diffusers pipeline or a hub id; None is the small model that ships with
-    the package. ``options`` are the fields of :class:`~vllm_omni.diffusion.data.OmniDiffusionConfig`, flat:
-    ``dtype="bfloat16"``, ``vae_use_tiling=True``, ... An unknown option, or one whose feature does not exist yet, is
-    an error. ``show_progress`` shows bars for loading and steps; None means "if standard error is a terminal".
+    the package for ``task`` ("text-to-image" if that is None too). A ``task`` that a named model cannot do is an error
+    before its weights are read; it changes nothing else. ``options`` are the fields of
+    :class:`~vllm_omni.diffusion.data.OmniDiffusionConfig`, flat: ``dtype="bfloat16"``, ``vae_use_tiling=True``,
+    ... An unknown option, or one whose feature does not exist yet, is an error. ``show_progress`` shows bars for
+    loading and steps; None means "if standard error is a terminal".
 
     Calls of ``generate`` from several threads take turns; ``abort`` may be called from any thread, or from a
     progress callback.
     """
 
-    def __init__(self, model: str | None = None, *, show_progress: bool | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        task: str | None = None,
+        show_progress: bool | None = None,
+        **options: Any,
+    ) -> None:
         self._show_progress = sys.stderr.isatty() if show_progress is None else show_progress
         self._lock = threading.RLock()
         self._engine: Engine | None = None
-        self.od_config = configure(str(SHIPPED_MODEL) if model is None else model, options)
+        self.od_config = configure(choose_model(model, task), options)
+        if task is not None:
+            check_task(task, self.od_config)
         with _LoadBar(self._show_progress) as bar:
             self._engine = Engine(self.od_config, bar.update)
 

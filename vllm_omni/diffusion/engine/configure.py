@@ -9,6 +9,7 @@ import torch
 from vllm_omni import envs
 from vllm_omni.diffusion.data import DTYPES, OmniDiffusionConfig, check_option_names, read_json
 from vllm_omni.diffusion.model_loader.utils import resolve_model_folder
+from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.errors import InvalidConfigError, InvalidModelFolderError
 from vllm_omni.platforms import default_device, get_platform
 
@@ -32,6 +33,21 @@ def configure(model: str, options: dict[str, Any]) -> OmniDiffusionConfig:
     folder = resolve_model_folder(model, options.get("revision"), weights=weights)
     return OmniDiffusionConfig.from_options(
         model=str(folder), model_class_name=_pipeline_class_name(folder / "model_index.json"), **options
+    )
+
+
+def check_task(task: str, od_config: OmniDiffusionConfig) -> None:
+    """Raises ``InvalidConfigError`` unless the model can do ``task``, one of ``TASKS``. Reads no weights."""
+    spec = resolve_diffusion_model(od_config.model_class_name).request_spec(od_config)
+    tasks = () if spec is None else spec.tasks
+    if task in tasks:
+        return
+    model = f"{od_config.model} ({od_config.model_class_name})"
+    raise InvalidConfigError(
+        f"task={task!r}: {model} does {', '.join(tasks)}; name another model, or another task"
+        if tasks
+        else f"task={task!r}: {model} does not say what it can do; leave the task out",
+        option="task",
     )
 
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vllm_omni.diffusion.data import OmniDiffusionConfig, RequestSpec
+from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.engine.admission import admit, read_sampling_defaults
 from vllm_omni.diffusion.engine.executor import Executor, InProcessExecutor
 from vllm_omni.diffusion.engine.scheduler import ScheduledRequest, Scheduler
 from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
-from vllm_omni.diffusion.registry import DiffusionModel, resolve_diffusion_model
+from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerOutput
 from vllm_omni.diffusion.worker.model_runner import is_stepped
@@ -47,7 +47,7 @@ class Engine:
         self.od_config = od_config
         model = resolve_diffusion_model(od_config.model_class_name)
         self._is_stepped = is_stepped(model.pipeline_class)
-        self._spec = _request_spec(model, od_config)
+        self._spec = model.request_spec(od_config)
         self._cfg_parameters = ("true_cfg_scale",) if self._spec is None else self._spec.cfg_parameters
         self._checkpoint_defaults = read_sampling_defaults(od_config)
         self._pre_process = _built(model.get_pre_process_func, od_config)
@@ -218,11 +218,6 @@ class _PostProcess:
             elif output_type == "pil":
                 output = self._function(output)
         return list(output)
-
-
-def _request_spec(model: DiffusionModel, od_config: OmniDiffusionConfig) -> RequestSpec | None:
-    make_spec: Callable[[OmniDiffusionConfig], RequestSpec] | None = getattr(model.pipeline_class, "request_spec", None)
-    return None if make_spec is None else make_spec(od_config)
 
 
 def _built(make_function: Callable[..., Any] | None, od_config: OmniDiffusionConfig) -> Callable[..., Any] | None:

@@ -27,7 +27,7 @@ from vllm_omni.entrypoints.cli.arguments import (
 from vllm_omni.entrypoints.cli.compare_engines import Call, Workload, check_parameters, reference_class
 from vllm_omni.entrypoints.cli.compare_measure import EngineResult, measure_apart, measure_together
 from vllm_omni.entrypoints.cli.compare_report import html_report, markdown_report, summary_lines, write_pictures
-from vllm_omni.entrypoints.omni import SHIPPED_MODEL
+from vllm_omni.entrypoints.omni import choose_model
 from vllm_omni.errors import ComparisonError, InvalidConfigError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
             option="load_format",
         )
     given = {"seed": 0, **sampling_values(vars(arguments))}
-    config = configure(str(SHIPPED_MODEL) if arguments.model is None else arguments.model, options)
+    config = configure(choose_model(arguments.model, None), options)
     workload = Workload(
         model=config.model,
         prompts=tuple(_prompts(arguments)),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_omni.diffusion.data import TASKS
 from vllm_omni.entrypoints.cli.arguments import (
     add_engine_arguments,
     add_sampling_arguments,
@@ -15,7 +16,7 @@ from vllm_omni.entrypoints.cli.arguments import (
     read_picture,
     sampling_values,
 )
-from vllm_omni.entrypoints.omni import Omni
+from vllm_omni.entrypoints.omni import SHIPPED_MODELS, Omni
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.media import write_video
@@ -29,7 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     parser.add_argument("prompt", help="what to show")
     parser.add_argument(
-        "--model", help="folder of a diffusers pipeline, or a hub id; absent: the model that ships along"
+        "--task",
+        choices=tuple(TASKS),
+        help="what to make: %(choices)s. Without --model it chooses the model that ships along, for"
+        f" {' or '.join(SHIPPED_MODELS)}; with --model it is checked against what the model can do",
+        metavar="TASK",
+    )
+    parser.add_argument(
+        "--model",
+        help="folder of a diffusers pipeline, or a hub id; absent: the model that ships along for the task",
     )
     parser.add_argument(
         "--output", "-o", type=Path, help="file to write: .png, .jpg, .webp, or .mp4 of a video (default: by the seed)"
@@ -53,9 +62,10 @@ def run(arguments: argparse.Namespace) -> None:
         _check_output(arguments.output, [suffix for suffixes in _SUFFIXES.values() for suffix in suffixes])
     params = OmniDiffusionSamplingParams(**sampling_values(given))
     options = engine_values(given)
+    _check_picture(arguments.task, arguments.image)
     prompt = _prompt(arguments)
     started = time.perf_counter()
-    with Omni(arguments.model, **options) as omni:
+    with Omni(arguments.model, task=arguments.task, **options) as omni:
         loaded = time.perf_counter()
         suffixes = _SUFFIXES[omni.output_kind]
         if arguments.output is not None:
@@ -65,6 +75,14 @@ def run(arguments: argparse.Namespace) -> None:
     for path in paths:
         print(path)
     print(_summary(output, loaded - started))
+
+
+def _check_picture(task: str | None, image: list[Path] | None) -> None:
+    """Without a task, whether a picture is needed is the model's to say."""
+    if task is None or TASKS[task] == (image is not None):
+        return
+    advice = "needs a picture; give --image FILE" if TASKS[task] else "takes no picture; leave --image out"
+    raise InvalidRequestError(f"--task {task} {advice}", param="image")
 
 
 def _prompt(arguments: argparse.Namespace) -> OmniPrompt:

@@ -100,6 +100,7 @@ class FluxPipeline(nn.Module):
             defaults |= {"num_inference_steps": 28, "guidance_scale": 3.5}
         return RequestSpec(
             defaults=defaults,
+            tasks=("text-to-image",),
             size_multiple=token_side(od_config),
             prompt_keys=frozenset({*_POSITIVE, *_NEGATIVE}),
             check=functools.partial(_check_request, od_config),

@@ -91,7 +91,10 @@ class FluxKontextPipeline(FluxPipeline):
     def request_spec(cls, od_config: OmniDiffusionConfig) -> RequestSpec:
         spec = super().request_spec(od_config)
         return dataclasses.replace(
-            spec, prompt_keys=spec.prompt_keys | {"multi_modal_data"}, extra_args={"auto_resize": True}
+            spec,
+            tasks=("image-edit",),
+            prompt_keys=spec.prompt_keys | {"multi_modal_data"},
+            extra_args={"auto_resize": True},
         )
 
     def prepare(self, request: OmniDiffusionRequest) -> DenoiseState:

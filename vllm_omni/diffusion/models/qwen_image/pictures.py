@@ -47,6 +47,7 @@ def edit_request_spec(od_config: OmniDiffusionConfig) -> RequestSpec:
     """Defaults of diffusers' editing pipelines. The pre-process function sets an absent height and width."""
     return RequestSpec(
         defaults={"height": None, "width": None, **common.request_defaults(od_config)},
+        tasks=("image-edit",),
         size_multiple=common.vae_scale_factor(od_config) * common.PATCH_SIZE,
         prompt_keys=PROMPT_KEYS,
         check=functools.partial(_check_edit_request, od_config),

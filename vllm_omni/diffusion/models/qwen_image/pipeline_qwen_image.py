@@ -60,6 +60,7 @@ class QwenImagePipeline(nn.Module):
         side = 128 * scale_factor
         return RequestSpec(
             defaults={"height": side, "width": side, **common.request_defaults(od_config)},
+            tasks=("text-to-image",),
             size_multiple=scale_factor * common.PATCH_SIZE,
             prompt_keys=common.PROMPT_KEYS,
             check=functools.partial(_check_request, od_config),

@@ -93,6 +93,7 @@ class QwenImageLayeredPipeline(nn.Module):
         """Defaults of diffusers' pipeline. The size follows from the picture and ``resolution``, so none is taken."""
         return RequestSpec(
             defaults=common.request_defaults(od_config),
+            tasks=("image-to-layers",),
             size_multiple=common.vae_scale_factor(od_config) * common.PATCH_SIZE,
             prompt_keys=pictures.PROMPT_KEYS,
             extra_args=_EXTRA_ARGS,

@@ -102,6 +102,7 @@ class WanPipeline(nn.Module):
         prompt_keys = {"prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds"}
         return RequestSpec(
             defaults=defaults,
+            tasks=("text-to-video", "image-to-video") if checkpoint.expand_timesteps else ("text-to-video",),
             cfg_parameters=tuple(name for name in ("guidance_scale", "guidance_scale_2") if name in defaults),
             size_multiple=checkpoint.size_multiple,
             prompt_keys=frozenset(prompt_keys | ({PICTURE_KEY} if checkpoint.expand_timesteps else set())),

@@ -74,7 +74,7 @@ class WanImageToVideoPipeline(WanPipeline):
     @classmethod
     def request_spec(cls, od_config: OmniDiffusionConfig) -> RequestSpec:
         spec = super().request_spec(od_config)
-        return dataclasses.replace(spec, prompt_keys=spec.prompt_keys | {PICTURE_KEY})
+        return dataclasses.replace(spec, tasks=("image-to-video",), prompt_keys=spec.prompt_keys | {PICTURE_KEY})
 
     def picture_conditions(self, request: OmniDiffusionRequest, latents: torch.Tensor) -> dict[str, Any]:
         """Features of the picture for attention, ``[1, I, K]``, and input channels ``[1, M + C, F, H, W]``."""
