@@ -1,140 +1,203 @@
-"""Seconds per step and peak memory of the full-size Qwen-Image with random weights, beside diffusers in the same run.
+"""Milliseconds of one forward of a full-size transformer with random weights, beside diffusers in the same run.
 
-    python -m benchmarks.full_size --json benchmarks/results/qwen_image_h200.json
+    python -m benchmarks.full_size flux --json benchmarks/results/flux_step.json
+    python -m benchmarks.full_size qwen-image --profile profiles --json benchmarks/results/qwen_image_step.json
+    python -m benchmarks.full_size wan --height 480 --width 832 --forwards 3
 
-Needs a GPU with about 80 GB. Each engine is measured in a process of its own, so that neither finds the other's memory
-or compiled code. 1024 x 1024 pixels, batch 1, bfloat16, eager; one branch: a step is one forward. diffusers runs
-on its native attention, on cuDNN's, and on FlashAttention 3 where that is installed; its best is what counts.
+Needs a GPU with 80 GB. bfloat16, batch 1: FLUX.1-dev (4096 + 512 tokens at 1024 x 1024), Qwen-Image (4096 + 128),
+Wan 2.2 A14B (one of its two experts, 81 frames). Each engine is measured in a process of its own, so that neither finds
+the other's memory or compiled code. diffusers runs with ``compile_repeated_blocks(fullgraph=True)`` on each of its
+attention backends that is installed; the best of them counts.
+
+``--lock FILE`` is for several processes on one GPU: they build and compile side by side, and time one at a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import fcntl
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.full_size_models import MODELS, FullSizeModel, Inputs
+from benchmarks.peer_attention import provide_flash_attention_3
+from benchmarks.profile import write_profile
 from benchmarks.report import median, write_json
 
-CONFIGS = Path(__file__).parent / "configs" / "qwen-image"
-PEER_BACKENDS = ("native", "_native_cudnn", "_flash_3")
+PEER_BACKENDS = ("_native_cudnn", "_flash_3", "native")
+OUR_MODES = ("eager", "compiled")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", choices=("vllm-omni", *PEER_BACKENDS), help="measure one and print JSON")
-    parser.add_argument("--configs", type=Path, default=CONFIGS)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--engine", choices=("vllm-omni", "diffusers"), help="measure one and print JSON")
+    parser.add_argument("--modes", nargs="+", default=OUR_MODES, choices=OUR_MODES)
+    parser.add_argument("--peer-modes", nargs="+", default=("compiled",), choices=("eager", "compiled"))
+    parser.add_argument("--peer-backends", nargs="+", default=PEER_BACKENDS, choices=PEER_BACKENDS)
     parser.add_argument("--height", type=int, default=1024)
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--trials", type=int, default=3)
-    parser.add_argument("--text-tokens", type=int, default=128)
+    parser.add_argument("--layers", type=int, help="blocks of each kind, for a quick look; absent: all")
+    parser.add_argument("--forwards", type=int, default=10)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--lock", type=Path)
+    parser.add_argument("--profile", type=Path, help="folder for a table of kernels of each mode")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
-def prompt_embeds(args: argparse.Namespace) -> torch.Tensor:
-    width = json.loads((args.configs / "transformer" / "config.json").read_text())["joint_attention_dim"]
-    return torch.randn(1, args.text_tokens, width, generator=torch.Generator().manual_seed(0))
-
-
-def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
-    """The whole path through ``Omni``, text encoder in memory."""
-    from vllm_omni import Omni, OmniDiffusionSamplingParams
-
-    params = OmniDiffusionSamplingParams(
-        height=args.height, width=args.width, num_inference_steps=args.steps, seed=0, output_type="pil"
-    )
-    started = time.perf_counter()
-    with Omni(str(args.configs), load_format="dummy", show_progress=False) as omni:
-        load_s = time.perf_counter() - started
-        outputs = [omni.generate({"prompt_embeds": prompt_embeds(args)}, params)[0] for _ in range(args.trials + 1)]
-    measured = outputs[1:]
-    receipt = measured[0].receipt
-    assert receipt is not None
-    return {
-        "seconds_per_step": median([output.metrics.denoise_s / args.steps for output in measured]),
-        "decode_s": median([output.metrics.decode_s for output in measured]),
-        "load_s": load_s,
-        "peak_memory_gib": max(output.metrics.peak_memory_bytes for output in measured) / 2**30,
-        "attention_backends": receipt.attention_backends,
-    }
+def config_of(model: FullSizeModel, layers: int | None) -> dict[str, Any]:
+    config = model.transformer_config
+    for name in ("num_layers", "num_single_layers"):
+        if layers is not None and name in config:
+            config[name] = layers
+    return config
 
 
 @torch.inference_mode()
-def measure_diffusers(args: argparse.Namespace, backend: str) -> dict[str, Any]:
-    """The transformer's forward in a loop of as many steps, and the autoencoder's decode."""
-    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
+    from vllm_omni.diffusion.compile import apply_compile
+    from vllm_omni.diffusion.data import OmniDiffusionConfig
+    from vllm_omni.diffusion.model_loader.components import default_dtype, fill_with_random_weights
+    from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 
-    def built(model_class: Any, component: str) -> Any:
-        config = json.loads((args.configs / component / "config.json").read_text())
+    model = MODELS[args.model]
+    od_config = OmniDiffusionConfig.from_options(
+        model=str(model.path), model_class_name=model.model_class_name, dtype="bfloat16", device=args.device
+    )
+    model_class = model.our_class()
+    kwargs = get_transformer_config_kwargs(config_of(model, args.layers), model_class)
+    results: dict[str, Any] = {}
+    with shared(args.lock), torch.device(args.device), default_dtype(torch.bfloat16):
+        transformer = model_class(od_config=od_config, **kwargs).eval()
+        fill_with_random_weights(transformer)
+    inputs = on_device(model.inputs(True, args.height, args.width), args.device)
+    for mode in args.modes:
+        if mode == "compiled":
+            compiled = apply_compile(transformer, dataclasses.replace(od_config, enforce_eager=False))
+        results[mode] = measured(args, f"vllm-omni-{mode}", lambda: transformer(**inputs))
+        if mode == "compiled":
+            assert compiled is not None
+            results[mode]["says"] = compiled.describe()
+    return results
+
+
+@torch.inference_mode()
+def measure_diffusers(args: argparse.Namespace) -> dict[str, Any]:
+    provide_flash_attention_3()
+    model = MODELS[args.model]
+    results: dict[str, Any] = {}
+    with shared(args.lock):
         torch.set_default_dtype(torch.bfloat16)
-        with torch.device("cuda"):
-            model = model_class.from_config(config).eval()
+        with torch.device(args.device):
+            transformer = model.diffusers_class().from_config(config_of(model, args.layers)).eval()
         torch.set_default_dtype(torch.float32)
-        return model
-
-    transformer, vae = built(QwenImageTransformer2DModel, "transformer"), built(AutoencoderKLQwenImage, "vae")
-    transformer.set_attention_backend(backend)
-    rows, columns = args.height // 16, args.width // 16
-    latents = torch.randn(1, rows * columns, 64, device="cuda", dtype=torch.bfloat16)
-    embeds = prompt_embeds(args).to("cuda", torch.bfloat16)
-    timestep = torch.full((1,), 0.5, device="cuda", dtype=torch.bfloat16)
-
-    def steps() -> None:
-        for _ in range(args.steps):
-            transformer(
-                hidden_states=latents,
-                encoder_hidden_states=embeds,
-                timestep=timestep,
-                img_shapes=[[(1, rows, columns)]],
-                return_dict=False,
-            )
-
-    def decode() -> None:
-        vae.decode(torch.randn(1, 16, 1, 2 * rows, 2 * columns, device="cuda", dtype=torch.bfloat16))
-
-    step_times = [_timed(steps) / args.steps for _ in range(args.trials + 1)][1:]
-    decode_times = [_timed(decode) for _ in range(args.trials + 1)][1:]
-    return {
-        "seconds_per_step": median(step_times),
-        "decode_s": median(decode_times),
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
-    }
+    inputs = on_device(model.inputs(False, args.height, args.width), args.device)
+    for mode in args.peer_modes:
+        if mode == "compiled":
+            transformer.compile_repeated_blocks(fullgraph=True)
+        for backend in args.peer_backends:
+            name = f"{mode} {backend}"
+            try:
+                transformer.set_attention_backend(backend)
+                results[name] = measured(
+                    args, f"diffusers-{mode}{backend}", lambda: transformer(**inputs, return_dict=False)
+                )
+            except Exception as error:
+                results[name] = {"error": str(error).strip().splitlines()[0]}
+            torch.compiler.reset()
+    return results
 
 
-def _timed(work: Any) -> float:
-    torch.cuda.synchronize()
+def on_device(inputs: Inputs, device: str) -> Inputs:
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
+def measured(args: argparse.Namespace, name: str, forward: Callable[[], Any]) -> dict[str, Any]:
+    """Milliseconds of a forward on the device, and those that the host takes to queue it."""
     started = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
+    with shared(args.lock):
+        for _ in range(2):
+            forward()
+        synchronize(args.device)
+    first_s = time.perf_counter() - started
+    with exclusive(args.lock):
+        for _ in range(2):
+            forward()
+        synchronize(args.device)
+        device_ms, host_ms = [], []
+        for _ in range(args.forwards):
+            started = time.perf_counter()
+            forward()
+            host_ms.append(1000 * (time.perf_counter() - started))
+            synchronize(args.device)
+            device_ms.append(1000 * (time.perf_counter() - started))
+        if args.profile is not None:
+            write_profile(args.profile / f"{args.model}-{name}.txt", forward)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if args.device.startswith("cuda") else 0.0
+    figures = {
+        "ms": median(device_ms),
+        "ms_min": min(device_ms),
+        "host_ms": median(host_ms),
+        "first_s": first_s,
+        "peak_memory_gib": peak,
+    }
+    print(name, {key: round(value, 2) for key, value in figures.items()}, file=sys.stderr, flush=True)
+    return figures
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def _locked(path: Path | None, kind: int) -> Iterator[None]:
+    if path is None:
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, kind)
+        yield
+
+
+def shared(path: Path | None) -> Any:
+    """Work that others may do at the same time."""
+    return _locked(path, fcntl.LOCK_SH)
+
+
+def exclusive(path: Path | None) -> Any:
+    """Work that is timed."""
+    return _locked(path, fcntl.LOCK_EX)
 
 
 def main() -> None:
     args = parse_args()
     if args.engine is not None:
-        result = measure_ours(args) if args.engine == "vllm-omni" else measure_diffusers(args, args.engine)
+        result = measure_ours(args) if args.engine == "vllm-omni" else measure_diffusers(args)
         print(json.dumps(result))
         return
-    results: dict[str, Any] = {"size": [args.width, args.height], "steps": args.steps, "text_tokens": args.text_tokens}
-    for engine in ("vllm-omni", *PEER_BACKENDS):
-        command = [sys.executable, "-m", "benchmarks.full_size", "--engine", engine, *sys.argv[1:]]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            results[engine] = {"error": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no output"}
-        else:
-            results[engine] = json.loads(done.stdout.strip().splitlines()[-1])
-        print(engine, results[engine])
-    peers = [results[name]["seconds_per_step"] for name in PEER_BACKENDS if "seconds_per_step" in results[name]]
-    if peers and "seconds_per_step" in results["vllm-omni"]:
-        results["ratio"] = results["vllm-omni"]["seconds_per_step"] / min(peers)
-        print(f"seconds per step, vllm-omni over the best of diffusers: {results['ratio']:.3f}")
+    results: dict[str, Any] = {"model": args.model, "size": [args.width, args.height], "layers": args.layers}
+    for engine in ("vllm-omni", "diffusers"):
+        command = [sys.executable, "-m", "benchmarks.full_size", *sys.argv[1:], "--engine", engine]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        failed = {"error": f"exit status {done.returncode}"}
+        results[engine] = failed if done.returncode else json.loads(done.stdout.strip().splitlines()[-1])
+    peers = [figures["ms"] for figures in results["diffusers"].values() if "ms" in figures]
+    if peers:
+        for mode, figures in results["vllm-omni"].items():
+            if "ms" in figures:
+                figures["ratio"] = figures["ms"] / min(peers)
+                print(f"{mode}: {figures['ms']:.1f} ms, over the best of diffusers: {figures['ratio']:.3f}")
     write_json(args.json, results)
 
 

@@ -17,6 +17,10 @@ import torch
 from tests import tiny
 from vllm_omni import Omni
 
+if not torch.cuda.is_available():
+    # Triton reads it when it is imported: its kernels then run in its interpreter, if it is installed.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # The tensors are tiny: threads would spend their time waiting for each other.
 torch.set_num_threads(1)
 

@@ -14,7 +14,7 @@ from vllm_omni.diffusion.layers.linear import (
     RowParallelLinear,
 )
 from vllm_omni.diffusion.layers.norm import RMSNorm, gated_residual, layer_norm_modulate
-from vllm_omni.diffusion.layers.rope import QKNormRope, RotaryEmbedding, rope_angles
+from vllm_omni.diffusion.layers.rope import QKNormRope, RotaryEmbedding, TextNorms, rope_angles
 from vllm_omni.diffusion.model_loader.weights import AutoWeightsLoader
 from vllm_omni.errors import FeatureNotAvailableError
 
@@ -106,14 +106,40 @@ def test_neox_rotation_is_the_other_one_with_features_reordered():
     torch.testing.assert_close(rotated.unflatten(-1, (2, 4)).transpose(-1, -2).flatten(-2), expected)
 
 
-def test_norm_and_rotation_of_both_are_those_of_each():
-    query, key, angles = drawn(2, 5, 4, 8), drawn(2, 5, 2, 8, seed=1), rope_angles(torch.arange(5), 8)
-    norms = [RMSNorm(8), RMSNorm(8)]
+def normalized_and_rotated(x, norm, angles):
+    heads = norm(x) if norm.weight.shape[0] == x.shape[-1] else norm(x.flatten(2)).unflatten(-1, x.shape[2:])
+    return RotaryEmbedding()(heads, angles.cos(), angles.sin())
+
+
+@pytest.mark.parametrize("across_heads", [False, True])
+def test_norm_and_rotation_of_a_fused_projection_are_those_of_its_parts(across_heads):
+    query, key, value = drawn(2, 5, 4, 8), drawn(2, 5, 2, 8, seed=1), drawn(2, 5, 2, 8, seed=2)
+    angles = rope_angles(torch.arange(5), 8)
+    norms = [RMSNorm(32 if across_heads else 8), RMSNorm(16 if across_heads else 8)]
+    for index, norm in enumerate(norms):
+        norm.weight.data = drawn(*norm.weight.shape, seed=5 + index)
+    qkv = torch.cat([part.flatten(2) for part in (query, key, value)], dim=-1)
+    parts = QKNormRope(4, 2)(qkv, *norms, (angles.cos(), angles.sin()))
+    for ours, x, norm in zip(parts, (query, key), norms, strict=False):
+        torch.testing.assert_close(ours, normalized_and_rotated(x, norm, angles))
+    torch.testing.assert_close(parts[2], value)
+
+
+def test_text_tokens_have_norms_of_their_own():
+    qkv, angles = drawn(2, 5, 3 * 8), rope_angles(torch.arange(5), 8)
+    norms = [RMSNorm(8) for _ in range(4)]
     for index, norm in enumerate(norms):
         norm.weight.data = drawn(8, seed=5 + index)
-    both = QKNormRope()(query, key, *norms, angles.cos(), angles.sin())
-    for ours, x, norm in zip(both, (query, key), norms, strict=True):
-        torch.testing.assert_close(ours, RotaryEmbedding()(norm(x), angles.cos(), angles.sin()))
+    parts = QKNormRope(1)(qkv, *norms[:2], (angles.cos(), angles.sin()), TextNorms(*norms[2:], 2))
+    for ours, x, norm, text_norm in zip(parts, qkv.unflatten(-1, (3, 1, 8)).unbind(2), norms, norms[2:], strict=False):
+        expected = torch.cat(
+            [
+                normalized_and_rotated(x, each, angles)[:, part]
+                for each, part in ((text_norm, slice(2)), (norm, slice(2, None)))
+            ],
+            dim=1,
+        )
+        torch.testing.assert_close(ours, expected)
 
 
 def test_modulation_and_gate_are_the_formulas():

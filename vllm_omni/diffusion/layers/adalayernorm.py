@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vllm_omni.diffusion.layers.linear import ReplicatedLinear
-from vllm_omni.diffusion.layers.norm import layer_norm_modulate
+from vllm_omni.diffusion.layers.norm import gated_residual_norm_modulate, layer_norm_modulate
 
 
 class AdaLayerNorm(nn.Module):
@@ -24,9 +24,24 @@ class AdaLayerNorm(nn.Module):
         ``mod_params`` holds shift, scale and gate, in this order. It may also be ``[B, S, 3 * D]``, one for each
         token; then the gate is ``[B, S, D]``.
         """
-        per_token = mod_params.dim() == 3
-        shift, scale, gate = (mod_params if per_token else mod_params.unsqueeze(1)).chunk(3, dim=-1)
+        shift, scale, gate = _by_token(mod_params).chunk(3, dim=-1)
         return layer_norm_modulate(x, scale, shift, self.eps), gate
+
+    def after_gate(
+        self, residual: torch.Tensor, gate: torch.Tensor, update: torch.Tensor, mod_params: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``residual + gate * update [B, S, D]``, and what :meth:`forward` makes of it: modulated, and the next gate.
+
+        ``residual and update [B, S, D], gate [B, 1 or S, D]``, ``mod_params`` as there.
+        """
+        shift, scale, next_gate = _by_token(mod_params).chunk(3, dim=-1)
+        summed, modulated = gated_residual_norm_modulate(residual, gate, update, scale, shift, self.eps)
+        return summed, modulated, next_gate
+
+
+def _by_token(mod_params: torch.Tensor) -> torch.Tensor:
+    """``[B, M] -> [B, 1, M]``; ``[B, S, M]`` as it is."""
+    return mod_params if mod_params.dim() == 3 else mod_params.unsqueeze(1)
 
 
 class AdaLayerNormContinuous(nn.Module):

@@ -12,7 +12,7 @@ from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm_omni.diffusion.layers.norm import RMSNorm
-from vllm_omni.diffusion.layers.rope import QKNormRope
+from vllm_omni.diffusion.layers.rope import QKNormRope, TextNorms
 
 
 class JointAttention(nn.Module):
@@ -28,7 +28,7 @@ class JointAttention(nn.Module):
         self.norm_k = RMSNorm(head_dim, eps)
         self.norm_added_q = RMSNorm(head_dim, eps)
         self.norm_added_k = RMSNorm(head_dim, eps)
-        self.qk_norm_rope = QKNormRope()
+        self.qk_norm_rope = QKNormRope(self.to_qkv.num_heads)
         self.attn = Attention(self.to_qkv.num_heads, head_dim)
         self.to_out = nn.ModuleList([RowParallelLinear(dim, dim)])
         self.to_add_out = RowParallelLinear(dim, dim)
@@ -42,18 +42,10 @@ class JointAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``image [B, I, E], text [B, T, E], rope [S, D / 2] x 2, mask [B, S] -> image, text`` of the same shapes."""
         num_text = encoder_hidden_states.shape[1]
-        cos, sin = rope
-        query, key, value = self.to_qkv.heads(hidden_states)
-        text_query, text_key, text_value = self.add_qkv_proj.heads(encoder_hidden_states)
-        query, key = self.qk_norm_rope(query, key, self.norm_q, self.norm_k, cos[num_text:], sin[num_text:])
-        text_query, text_key = self.qk_norm_rope(
-            text_query, text_key, self.norm_added_q, self.norm_added_k, cos[:num_text], sin[:num_text]
-        )
-        output = self.attn(
-            torch.cat([text_query, query], dim=1),
-            torch.cat([text_key, key], dim=1),
-            torch.cat([text_value, value], dim=1),
-            attn_metadata=AttentionMetadata(attn_mask=attn_mask),
-        ).flatten(2)
+        # Compiled code lets both products write into their part of the joint sequence.
+        qkv = torch.cat([self.add_qkv_proj(encoder_hidden_states), self.to_qkv(hidden_states)], dim=1)
+        text_norms = TextNorms(self.norm_added_q, self.norm_added_k, num_text)
+        query, key, value = self.qk_norm_rope(qkv, self.norm_q, self.norm_k, rope, text_norms)
+        output = self.attn(query, key, value, attn_metadata=AttentionMetadata(attn_mask=attn_mask)).flatten(2)
         text_output, image_output = output[:, :num_text], output[:, num_text:]
         return self.to_out[0](image_output), self.to_add_out(text_output)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vllm_omni.diffusion.layers import kernels
+
 
 class RMSNorm(nn.Module):
     """Root mean square normalisation over the last dimension (arXiv:1910.07467)."""
@@ -26,11 +28,43 @@ class RMSNorm(nn.Module):
 def layer_norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalise without weights, then ``* (1 + scale) + shift`` (adaLN, arXiv:2212.09748).
 
-    ``x [B, S, D], scale [B or 1, S or 1, D], shift likewise -> [B, S, D]``.
+    ``x [B, S, D], scale [B or 1, S or 1, D], shift likewise -> [B, S, D]`` in x's dtype. A dimension more is possible:
+    ``x [B, G, S, D], scale [B, G, 1, D]``.
     """
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+    if kernels.take(x):
+        from vllm_omni.diffusion.layers.kernels import norm
+
+        output: torch.Tensor = norm.layer_norm_modulate(x, _by_group(scale, x), _by_group(shift, x), eps, False)[0]
+        return output
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale).to(x.dtype)
 
 
 def gated_residual(residual: torch.Tensor, gate: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    """``residual [B, S, D] + gate [B or 1, S or 1, D] * update [B, S, D] -> [B, S, D]``."""
-    return torch.addcmul(residual, gate, update)
+    """``residual [B, S, D] + gate [B or 1, S or 1, D] * update [B, S, D] -> [B, S, D]`` in the residual's dtype."""
+    return torch.addcmul(residual, gate, update).to(residual.dtype)
+
+
+def gated_residual_norm_modulate(
+    residual: torch.Tensor,
+    gate: torch.Tensor,
+    update: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`gated_residual`, and :func:`layer_norm_modulate` of it; shapes as there."""
+    if kernels.take(residual):
+        from vllm_omni.diffusion.layers.kernels import norm
+
+        grouped = (_by_group(values, residual) for values in (gate, scale, shift))
+        gate, scale, shift = grouped
+        summed, output, _ = norm.gated_residual_norm_modulate(residual, gate, update, scale, shift, eps, False)
+        return summed, output
+    summed = gated_residual(residual, gate, update)
+    return summed, layer_norm_modulate(summed, scale, shift, eps)
+
+
+def _by_group(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``[..., D] -> [G, D]``: one row for each of G runs of consecutive rows of ``x``; a view."""
+    assert values.shape[0] == x.shape[0] or values[..., 0].numel() == 1, "rows of a batch have values of their own"
+    return values.flatten(0, -2)

@@ -6,9 +6,12 @@ Complex arithmetic would be shorter, but compilers generate no code for it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
+from vllm_omni.diffusion.layers import kernels
 from vllm_omni.diffusion.layers.norm import RMSNorm
 
 
@@ -38,28 +41,78 @@ class RotaryEmbedding(nn.Module):
         return torch.stack(rotated, dim=-1).flatten(-2).to(x.dtype)
 
 
-class QKNormRope(nn.Module):
-    """RMS normalisation of the heads of query and key, then the rotation of both: one place for a fused kernel."""
+@dataclass(frozen=True)
+class TextNorms:
+    """Norms of the text tokens, which are the first ``num_tokens`` of a joint sequence."""
 
-    def __init__(self, is_neox_style: bool = False) -> None:
+    query: RMSNorm
+    key: RMSNorm
+    num_tokens: int
+
+
+class QKNormRope(nn.Module):
+    """RMS normalisation of query and key, then their rotation, from the output of a fused projection.
+
+    The norms are of single heads, ``D`` weights, or of all heads together, ``H * D`` and ``G * D``. Text tokens of a
+    joint sequence may have norms of their own.
+    """
+
+    def __init__(self, num_heads: int, num_kv_heads: int | None = None, *, is_neox_style: bool = False) -> None:
         super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.rotary = RotaryEmbedding(is_neox_style)
 
     def forward(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
+        qkv: torch.Tensor,
         norm_query: RMSNorm,
         norm_key: RMSNorm,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``query [B, S, H, D], key [B, S, G, D], cos and sin [S, D / 2] -> query, key`` of the same shapes."""
-        query, key = norm_query(query), norm_key(key)
-        num_heads = query.shape[2]
+        rope: tuple[torch.Tensor, torch.Tensor],
+        text: TextNorms | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``qkv [B, S, (H + 2 G) * D], rope [S, D / 2] x 2 -> query [B, S, H, D], key and value [B, S, G, D]``."""
+        head_size = 2 * rope[0].shape[-1]
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        query, key, value = (
+            part.unflatten(-1, (-1, head_size)) for part in qkv.split([n * head_size for n in heads], dim=-1)
+        )
+        if kernels.take(qkv):
+            from vllm_omni.diffusion.layers.kernels.rope import qk_norm_rope
+
+            first = TextNorms(norm_query, norm_key, 0) if text is None else text
+            query, key = qk_norm_rope(
+                qkv,
+                norm_query.weight,
+                norm_key.weight,
+                first.query.weight,
+                first.key.weight,
+                *rope,
+                self.num_heads,
+                self.num_kv_heads,
+                first.num_tokens,
+                norm_query.eps,
+                self.rotary.is_neox_style,
+            )
+            return query, key, value
+        normalized = _normalized(query, key, norm_query, norm_key)
+        if text is not None:
+            tokens = slice(text.num_tokens)
+            both = [_normalized(query[:, tokens], key[:, tokens], text.query, text.key)]
+            both.append(normalized[:, text.num_tokens :])
+            normalized = torch.cat(both, dim=1)
         # One rotation of both: half the launches, and the angles are read once.
-        rotated = self.rotary(torch.cat([query, key], dim=2), cos, sin)
-        return rotated[:, :, :num_heads], rotated[:, :, num_heads:]
+        rotated = self.rotary(normalized, *rope)
+        return rotated[:, :, : self.num_heads], rotated[:, :, self.num_heads :], value
+
+
+def _normalized(query: torch.Tensor, key: torch.Tensor, norm_query: RMSNorm, norm_key: RMSNorm) -> torch.Tensor:
+    """``query [B, S, H, D], key [B, S, G, D] -> [B, S, H + G, D]``."""
+    parts = []
+    for x, norm in ((query, norm_query), (key, norm_key)):
+        per_head = norm.weight.shape[0] == x.shape[-1]
+        parts.append(norm(x) if per_head else norm(x.flatten(2)).unflatten(-1, x.shape[2:]))
+    return torch.cat(parts, dim=2)
 
 
 def _pairs(x: torch.Tensor, is_neox_style: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -120,15 +120,13 @@ class FluxTransformerBlock(nn.Module):
         image, img_gate = self.norm(hidden_states, img_attn_mod)
         text, txt_gate = self.norm(encoder_hidden_states, txt_attn_mod)
         image, text = self.attn(image, text, rope, None)
-        hidden_states = gated_residual(hidden_states, img_gate, image)
-        encoder_hidden_states = gated_residual(encoder_hidden_states, txt_gate, text)
-        hidden_states = self._feed_forward(hidden_states, img_mlp_mod, self.ff)
-        encoder_hidden_states = self._feed_forward(encoder_hidden_states, txt_mlp_mod, self.ff_context)
-        return hidden_states, encoder_hidden_states
-
-    def _feed_forward(self, x: torch.Tensor, mod_params: torch.Tensor, mlp: nn.Module) -> torch.Tensor:
-        modulated, gate = self.norm(x, mod_params)
-        return _in_range(gated_residual(x, gate, mlp(modulated)))
+        hidden_states, modulated, img_gate = self.norm.after_gate(hidden_states, img_gate, image, img_mlp_mod)
+        encoder_hidden_states, modulated_text, txt_gate = self.norm.after_gate(
+            encoder_hidden_states, txt_gate, text, txt_mlp_mod
+        )
+        hidden_states = gated_residual(hidden_states, img_gate, self.ff(modulated))
+        encoder_hidden_states = gated_residual(encoder_hidden_states, txt_gate, self.ff_context(modulated_text))
+        return _in_range(hidden_states), _in_range(encoder_hidden_states)
 
 
 class FluxSelfAttention(nn.Module):
@@ -136,16 +134,14 @@ class FluxSelfAttention(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int, eps: float) -> None:
         super().__init__()
-        self.head_dim = head_dim
         self.norm_q = RMSNorm(head_dim, eps)
         self.norm_k = RMSNorm(head_dim, eps)
-        self.qk_norm_rope = QKNormRope()
+        self.qk_norm_rope = QKNormRope(num_heads)
         self.attn = Attention(num_heads, head_dim)
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rope: Rope) -> torch.Tensor:
-        """``query, key and value [B, S, H * D] each, rope [S, D / 2] x 2 -> [B, S, H * D]``."""
-        query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in (query, key, value))
-        query, key = self.qk_norm_rope(query, key, self.norm_q, self.norm_k, *rope)
+    def forward(self, qkv: torch.Tensor, rope: Rope) -> torch.Tensor:
+        """``query, key and value as one [B, S, 3 * H * D], rope [S, D / 2] x 2 -> [B, S, H * D]``."""
+        query, key, value = self.qk_norm_rope(qkv, self.norm_q, self.norm_k, rope)
         return self.attn(query, key, value).flatten(2)
 
 
@@ -167,8 +163,9 @@ class FluxSingleTransformerBlock(nn.Module):
         """``tokens [B, S, E], conditioning [B, E] -> [B, S, E]``."""
         (mod_params,) = self.norm(conditioning)
         modulated, gate = self.ada_norm(hidden_states, mod_params)
-        query, key, value, mlp = self.to_qkv_mlp.split(self.to_qkv_mlp(modulated))
-        attention = self.attn(query, key, value, rope)
+        projected = self.to_qkv_mlp(modulated)
+        mlp_dim = self.to_qkv_mlp.output_sizes[3]
+        attention, mlp = self.attn(projected[..., :-mlp_dim], rope), projected[..., -mlp_dim:]
         update = self.proj_out(torch.cat([attention, F.gelu(mlp, approximate="tanh")], dim=-1))
         return _in_range(gated_residual(hidden_states, gate, update))
 

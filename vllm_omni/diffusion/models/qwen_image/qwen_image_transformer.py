@@ -151,17 +151,18 @@ class QwenImageTransformerBlock(nn.Module):
         image, img_gate = self.norm(hidden_states, img_attn_mod)
         text, txt_gate = self.norm(encoder_hidden_states, txt_attn_mod)
         image, text = self.attn(image, text, rope, attn_mask)
-        hidden_states = gated_residual(hidden_states, img_gate, image)
-        encoder_hidden_states = gated_residual(encoder_hidden_states, txt_gate, text)
-        hidden_states = self._feed_forward(hidden_states, img_mlp_mod, self.img_mlp)
-        encoder_hidden_states = self._feed_forward(encoder_hidden_states, txt_mlp_mod, self.txt_mlp)
-        return hidden_states, encoder_hidden_states
+        hidden_states, modulated, img_gate = self.norm.after_gate(hidden_states, img_gate, image, img_mlp_mod)
+        encoder_hidden_states, modulated_text, txt_gate = self.norm.after_gate(
+            encoder_hidden_states, txt_gate, text, txt_mlp_mod
+        )
+        hidden_states = gated_residual(hidden_states, img_gate, self.img_mlp(modulated))
+        encoder_hidden_states = gated_residual(encoder_hidden_states, txt_gate, self.txt_mlp(modulated_text))
+        return _in_range(hidden_states), _in_range(encoder_hidden_states)
 
-    def _feed_forward(self, x: torch.Tensor, mod_params: torch.Tensor, mlp: nn.Module) -> torch.Tensor:
-        modulated, gate = self.norm(x, mod_params)
-        x = gated_residual(x, gate, mlp(modulated))
-        # Large activations exceed float16; other dtypes have the range.
-        return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+def _in_range(x: torch.Tensor) -> torch.Tensor:
+    """Large activations exceed float16; other dtypes have the range."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
 class QwenImageTransformer2DModel(nn.Module):

@@ -29,7 +29,7 @@ from vllm_omni.diffusion.layers.linear import (
     RowParallelLinear,
 )
 from vllm_omni.diffusion.layers.norm import RMSNorm, gated_residual, layer_norm_modulate
-from vllm_omni.diffusion.layers.rope import RotaryEmbedding, rope_angles
+from vllm_omni.diffusion.layers.rope import QKNormRope, rope_angles
 from vllm_omni.diffusion.staged_forward import BlockSpan, RowInputs, StagedForward, Streams
 from vllm_omni.errors import InvalidModelFolderError
 
@@ -126,17 +126,14 @@ class WanSelfAttention(nn.Module):
         self.to_qkv = QKVParallelLinear(dim, head_dim, num_heads)
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
-        self.rotary = RotaryEmbedding()
+        self.qk_norm_rope = QKNormRope(self.to_qkv.num_heads)
         self.attn = Attention(self.to_qkv.num_heads, head_dim)
         self.to_out = nn.ModuleList([RowParallelLinear(dim, dim)])
 
     def forward(self, hidden_states: torch.Tensor, rope: Rope) -> torch.Tensor:
         """``[B, S, E], rope [S, D / 2] x 2 -> [B, S, E]``."""
-        heads = (self.to_qkv.num_heads, -1)
-        query, key, value = self.to_qkv.split(self.to_qkv(hidden_states))
-        query = self.rotary(self.norm_q(query).unflatten(-1, heads), *rope)
-        key = self.rotary(self.norm_k(key).unflatten(-1, heads), *rope)
-        output: torch.Tensor = self.to_out[0](self.attn(query, key, value.unflatten(-1, heads)).flatten(2))
+        query, key, value = self.qk_norm_rope(self.to_qkv(hidden_states), self.norm_q, self.norm_k, rope)
+        output: torch.Tensor = self.to_out[0](self.attn(query, key, value).flatten(2))
         return output
 
 
@@ -220,14 +217,13 @@ class WanTransformerBlock(nn.Module):
 def modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
     """``x [B, S, E], scale and shift [B, G, 1, E] in float32 -> [B, S, E]``: normalised, then modulated by group."""
     groups = x.unflatten(1, (scale.shape[1], -1))
-    return layer_norm_modulate(groups, scale, shift, eps).flatten(1, 2).to(x.dtype)
+    return layer_norm_modulate(groups, scale, shift, eps).flatten(1, 2)
 
 
 def gate(residual: torch.Tensor, weight: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
     """``residual [B, S, E] + weight [B, G, 1, E] * update [B, S, E] -> [B, S, E]``, computed in float32."""
     groups = (weight.shape[1], -1)
-    output = gated_residual(residual.unflatten(1, groups), weight, update.unflatten(1, groups))
-    return output.flatten(1, 2).to(residual.dtype)
+    return gated_residual(residual.unflatten(1, groups), weight, update.unflatten(1, groups)).flatten(1, 2)
 
 
 def _modulations(table: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -1,0 +1,114 @@
+"""Each Triton kernel against its formula in float32: on a GPU, and without one in Triton's interpreter."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+WIDTHS = [64, 96, 3072] if DEVICE == "cuda" else [96]
+# FP8 (e4m3) keeps four significant bits: half a step is a 1/32 of a value. The interpreter rounds towards zero.
+FP8_ERROR = 0.035 if DEVICE == "cuda" else 0.07
+
+
+def kernels(name):
+    return import_module(f"vllm_omni.diffusion.layers.kernels.{name}")
+
+
+def drawn(*shape, seed=0, dtype=torch.bfloat16):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def assert_near(ours, expected, error=0.006):
+    """The norm of the difference over that of ``expected``; bf16 rounds to within 0.004."""
+    assert torch.isfinite(ours.float()).all()
+    assert ((ours.float() - expected).norm() / expected.norm()).item() < error
+
+
+def modulated(x, scale, shift):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale.float()) + shift.float()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("quantize", [False, True])
+def test_norm_and_modulation(width, dtype, quantize):
+    x, mod_params = drawn(2, 5, width), drawn(2, 3 * width, seed=1, dtype=dtype)
+    shift, scale, _ = mod_params.chunk(3, dim=-1)
+    output, row_scale = kernels("norm").layer_norm_modulate(x, scale, shift, 1e-6, quantize)
+    expected = modulated(x.float(), scale.unsqueeze(1), shift.unsqueeze(1))
+    if quantize:
+        assert output.dtype == torch.float8_e4m3fn
+        assert_near(output.float() * row_scale, expected, FP8_ERROR)
+    else:
+        assert_near(output, expected)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 10])
+@pytest.mark.parametrize("quantize", [False, True])
+def test_gated_residual_norm_and_modulation_by_group(groups, quantize):
+    residual, update = drawn(2, 5, 96), drawn(2, 5, 96, seed=1)
+    gate, scale, shift = drawn(groups, 3 * 96, seed=2).chunk(3, dim=-1)
+    summed, output, row_scale = kernels("norm").gated_residual_norm_modulate(
+        residual, gate, update, scale, shift, 1e-6, quantize
+    )
+    per_row = [values.float().repeat_interleave(10 // groups, dim=0).view(2, 5, 96) for values in (gate, scale, shift)]
+    expected = residual.float() + per_row[0] * update.float()
+    assert_near(summed, expected)
+    output = output.float() * row_scale if quantize else output
+    assert_near(output, modulated(summed.float(), *per_row[1:]), FP8_ERROR if quantize else 0.006)
+
+
+@pytest.mark.parametrize("is_neox_style", [False, True])
+@pytest.mark.parametrize("across_heads", [False, True])
+def test_norm_and_rotation_of_query_and_key(is_neox_style, across_heads):
+    batch, tokens, heads, kv_heads, head_size, num_text = 2, 5, 3, 2, 16, 2
+    qkv = drawn(batch, tokens, (heads + 2 * kv_heads) * head_size + 8)
+    widths = (heads * head_size, kv_heads * head_size) if across_heads else (head_size, head_size)
+    weights = [drawn(width, seed=1 + index) for index, width in enumerate((*widths, *widths))]
+    angles = drawn(tokens, head_size // 2, seed=9, dtype=torch.float32)
+    cos, sin = angles.cos(), angles.sin()
+    query, key = kernels("rope").qk_norm_rope(qkv, *weights, cos, sin, heads, kv_heads, num_text, 1e-6, is_neox_style)
+    start = 0
+    for ours, count, weight, text_weight in ((query, heads, weights[0], weights[2]), (key, kv_heads, *weights[1::2])):
+        x = qkv[..., start : start + count * head_size].float().unflatten(-1, (count, head_size))
+        start += count * head_size
+        variance = x.square().mean((-2, -1) if across_heads else -1, keepdim=True)
+        x = x * torch.rsqrt(variance + 1e-6)
+        shape = (count, head_size) if across_heads else (1, head_size)
+        text = x[:, :num_text] * text_weight.float().view(shape)
+        x = torch.cat([text, x[:, num_text:] * weight.float().view(shape)], dim=1)
+        assert ours.shape == x.shape
+        assert_near(ours, rotated(x, cos[:, None], sin[:, None], is_neox_style))
+
+
+def rotated(x, cos, sin, is_neox_style):
+    first, second = x.chunk(2, dim=-1) if is_neox_style else x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = (first * cos - second * sin, first * sin + second * cos)
+    return torch.cat(turned, dim=-1) if is_neox_style else torch.stack(turned, dim=-1).flatten(-2)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("has_prefix", [False, True])
+def test_rows_in_fp8_have_a_scale_each(gelu, has_prefix):
+    x, prefix = drawn(7, 200)[:, 60:150], drawn(7, 40, seed=1)[:, :30] if has_prefix else None
+    values, scales = kernels("quantize").quantize_rows(x, prefix, gelu)
+    expected = F.gelu(x.float(), approximate="tanh") if gelu else x.float()
+    if prefix is not None:
+        expected = torch.cat([prefix.float(), expected], dim=1)
+    torch.testing.assert_close(scales, expected.abs().amax(1, keepdim=True) / 448, rtol=1e-3, atol=0)
+    assert_near(values.float() * scales, expected, FP8_ERROR)
+
+
+def test_a_row_of_zeros_stays_zero_in_fp8():
+    values, scales = kernels("quantize").quantize_rows(
+        torch.zeros(2, 64, device=DEVICE, dtype=torch.bfloat16), None, False
+    )
+    assert not values.float().any()
+    assert torch.isfinite(scales).all()
