@@ -9,6 +9,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["DIFFUSERS_VERBOSITY"] = "error"
+# Without a GPU Triton's kernels run in its interpreter, if it is installed; it asks when it is imported.
+os.environ.setdefault("TRITON_INTERPRET", str(int(not Path("/dev/nvidiactl").exists())))
 os.environ.pop("DIFFUSION_ATTENTION_BACKEND", None)
 
 import pytest
@@ -16,10 +18,6 @@ import torch
 
 from tests import tiny
 from vllm_omni import Omni
-
-if not torch.cuda.is_available():
-    # Triton reads it when it is imported: its kernels then run in its interpreter, if it is installed.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 # The tensors are tiny: threads would spend their time waiting for each other.
 torch.set_num_threads(1)
