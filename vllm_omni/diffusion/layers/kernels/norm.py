@@ -38,10 +38,9 @@ def _layer_norm_modulate(
     shift,
     out,
     out_scale,
-    scale_stride,
-    shift_stride,
     rows_per_group,
     eps,
+    stride: tl.constexpr,
     width: tl.constexpr,
     BLOCK: tl.constexpr,
     QUANTIZE: tl.constexpr,
@@ -52,8 +51,8 @@ def _layer_norm_modulate(
     mask = columns < width
     values = tl.load(x + row * width + columns, mask=mask, other=0.0).to(tl.float32)
     normalized = _normalized(values, width, eps, columns, mask)
-    row_scale = tl.load(scale + group * scale_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    row_shift = tl.load(shift + group * shift_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    row_scale = tl.load(scale + group * stride + columns, mask=mask, other=0.0).to(tl.float32)
+    row_shift = tl.load(shift + group * stride + columns, mask=mask, other=0.0).to(tl.float32)
     _store_row(normalized * (1.0 + row_scale) + row_shift, out, out_scale, row, width, columns, mask, QUANTIZE)
 
 
@@ -67,11 +66,9 @@ def _gated_residual_norm_modulate(
     summed,
     out,
     out_scale,
-    gate_stride,
-    scale_stride,
-    shift_stride,
     rows_per_group,
     eps,
+    stride: tl.constexpr,
     width: tl.constexpr,
     BLOCK: tl.constexpr,
     QUANTIZE: tl.constexpr,
@@ -82,13 +79,13 @@ def _gated_residual_norm_modulate(
     mask = columns < width
     values = tl.load(residual + row * width + columns, mask=mask, other=0.0).to(tl.float32)
     row_update = tl.load(update + row * width + columns, mask=mask, other=0.0).to(tl.float32)
-    row_gate = tl.load(gate + group * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    row_gate = tl.load(gate + group * stride + columns, mask=mask, other=0.0).to(tl.float32)
     values = (values + row_gate * row_update).to(summed.dtype.element_ty)
     tl.store(summed + row * width + columns, values, mask=mask)
     # From the rounded sum, as whoever reads it again will see it.
     normalized = _normalized(values.to(tl.float32), width, eps, columns, mask)
-    row_scale = tl.load(scale + group * scale_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    row_shift = tl.load(shift + group * shift_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    row_scale = tl.load(scale + group * stride + columns, mask=mask, other=0.0).to(tl.float32)
+    row_shift = tl.load(shift + group * stride + columns, mask=mask, other=0.0).to(tl.float32)
     _store_row(normalized * (1.0 + row_scale) + row_shift, out, out_scale, row, width, columns, mask, QUANTIZE)
 
 
@@ -111,10 +108,9 @@ def layer_norm_modulate(
         shift,
         out,
         out_scale,
-        scale.stride(0),
-        shift.stride(0),
         num_rows // scale.shape[0],
         eps,
+        stride=_stride(scale, shift),
         width=width,
         BLOCK=block,
         QUANTIZE=quantize,
@@ -151,11 +147,9 @@ def gated_residual_norm_modulate(
         summed,
         out,
         out_scale,
-        gate.stride(0),
-        scale.stride(0),
-        shift.stride(0),
         num_rows // scale.shape[0],
         eps,
+        stride=_stride(gate, scale, shift),
         width=width,
         BLOCK=block,
         QUANTIZE=quantize,
@@ -168,3 +162,10 @@ def _outputs(x: torch.Tensor, quantize: bool) -> tuple[torch.Tensor, torch.Tenso
     if quantize:
         return torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     return torch.empty_like(x), x.new_empty((0,), dtype=torch.float32)
+
+
+def _stride(*by_group: torch.Tensor) -> int:
+    """From one group's values to the next one's. They are parts of one tensor."""
+    stride = by_group[0].stride(0)
+    assert all(values.stride(0) == stride or values.shape[0] == 1 for values in by_group), "groups lie unlike"
+    return stride

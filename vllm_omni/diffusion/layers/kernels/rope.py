@@ -26,10 +26,8 @@ def _qk_norm_rope(
     key,
     num_tokens,
     num_text,
-    x_batch_stride,
-    x_token_stride,
-    key_offset,
     eps,
+    x_stride: tl.constexpr,
     num_query_heads: tl.constexpr,
     num_key_heads: tl.constexpr,
     head_size: tl.constexpr,
@@ -40,12 +38,12 @@ def _qk_norm_rope(
     half: tl.constexpr = head_size // 2
     row = tl.program_id(0).to(tl.int64)
     token = row % num_tokens
-    source = x + (row // num_tokens) * x_batch_stride + token * x_token_stride
+    source = x + row * x_stride
     is_key = tl.program_id(1)
     is_text = token < num_text
     if is_key == 1:
         num_heads = num_key_heads
-        source += key_offset
+        source += num_query_heads * head_size
         target = key + row * num_key_heads * head_size
         weight = key_weight
         if is_text:
@@ -106,11 +104,12 @@ def qk_norm_rope(
     """
     batch, num_tokens = qkv.shape[:2]
     head_size = 2 * cos.shape[-1]
+    rows = qkv.flatten(0, 1)  # a view, unless batches lie apart in memory
     query = qkv.new_empty((batch, num_tokens, num_heads, head_size))
     key = qkv.new_empty((batch, num_tokens, num_kv_heads, head_size))
     heads = triton.next_power_of_2(max(num_heads, num_kv_heads))
     traceable(_qk_norm_rope)[(batch * num_tokens, 2)](
-        qkv,
+        rows,
         query_weight,
         key_weight,
         text_query_weight,
@@ -121,10 +120,8 @@ def qk_norm_rope(
         key,
         num_tokens,
         num_text,
-        qkv.stride(0),
-        qkv.stride(1),
-        num_heads * head_size,
         eps,
+        x_stride=rows.stride(0),
         num_query_heads=num_heads,
         num_key_heads=num_kv_heads,
         head_size=head_size,
