@@ -15,8 +15,9 @@ attention backends that is installed; the best of them counts.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import fcntl
+import functools
+import gc
 import json
 import subprocess
 import sys
@@ -32,16 +33,21 @@ from benchmarks.full_size_models import MODELS, FullSizeModel, Inputs
 from benchmarks.peer_attention import provide_flash_attention_3
 from benchmarks.profile import write_profile
 from benchmarks.report import median, write_json
+from vllm_omni.platforms import get_platform
 
 PEER_BACKENDS = ("_native_cudnn", "_flash_3", "native")
-OUR_MODES = ("eager", "compiled")
+OUR_MODES: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "compiled": {"enforce_eager": False},
+    "fp8": {"enforce_eager": False, "quantization": "fp8"},
+}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--engine", choices=("vllm-omni", "diffusers"), help="measure one and print JSON")
-    parser.add_argument("--modes", nargs="+", default=OUR_MODES, choices=OUR_MODES)
+    parser.add_argument("--modes", nargs="+", default=tuple(OUR_MODES), choices=OUR_MODES)
     parser.add_argument("--peer-modes", nargs="+", default=("compiled",), choices=("eager", "compiled"))
     parser.add_argument("--peer-backends", nargs="+", default=PEER_BACKENDS, choices=PEER_BACKENDS)
     parser.add_argument("--height", type=int, default=1024)
@@ -66,29 +72,39 @@ def config_of(model: FullSizeModel, layers: int | None) -> dict[str, Any]:
 @torch.inference_mode()
 def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
     from vllm_omni.diffusion.compile import apply_compile
+
+    inputs = on_device(MODELS[args.model].inputs(True, args.height, args.width), args.device)
+    results: dict[str, Any] = {}
+    for mode in args.modes:
+        with shared(args.lock):
+            transformer, od_config = built(args, OUR_MODES[mode])
+        compiled = apply_compile(transformer, od_config)
+        results[mode] = measured(args, f"vllm-omni-{mode}", functools.partial(transformer, **inputs))
+        results[mode]["runs"] = "eager" if compiled is None else compiled.describe()
+        del transformer, compiled
+        torch.compiler.reset()
+        gc.collect()
+        get_platform(torch.device(args.device)).empty_cache()
+    return results
+
+
+def built(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Our transformer with random weights, and its configuration."""
     from vllm_omni.diffusion.data import OmniDiffusionConfig
     from vllm_omni.diffusion.model_loader.components import default_dtype, fill_with_random_weights
+    from vllm_omni.diffusion.quantization import quantized_linears
     from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 
     model = MODELS[args.model]
     od_config = OmniDiffusionConfig.from_options(
-        model=str(model.path), model_class_name=model.model_class_name, dtype="bfloat16", device=args.device
+        model=str(model.path), model_class_name=model.model_class_name, dtype="bfloat16", device=args.device, **options
     )
     model_class = model.our_class()
     kwargs = get_transformer_config_kwargs(config_of(model, args.layers), model_class)
-    results: dict[str, Any] = {}
-    with shared(args.lock), torch.device(args.device), default_dtype(torch.bfloat16):
+    with torch.device(args.device), default_dtype(torch.bfloat16), quantized_linears(od_config):
         transformer = model_class(od_config=od_config, **kwargs).eval()
-        fill_with_random_weights(transformer)
-    inputs = on_device(model.inputs(True, args.height, args.width), args.device)
-    for mode in args.modes:
-        if mode == "compiled":
-            compiled = apply_compile(transformer, dataclasses.replace(od_config, enforce_eager=False))
-        results[mode] = measured(args, f"vllm-omni-{mode}", lambda: transformer(**inputs))
-        if mode == "compiled":
-            assert compiled is not None
-            results[mode]["says"] = compiled.describe()
-    return results
+    fill_with_random_weights(transformer)
+    return transformer, od_config
 
 
 @torch.inference_mode()
@@ -110,7 +126,7 @@ def measure_diffusers(args: argparse.Namespace) -> dict[str, Any]:
             try:
                 transformer.set_attention_backend(backend)
                 results[name] = measured(
-                    args, f"diffusers-{mode}{backend}", lambda: transformer(**inputs, return_dict=False)
+                    args, f"diffusers-{mode}{backend}", functools.partial(transformer, **inputs, return_dict=False)
                 )
             except Exception as error:
                 results[name] = {"error": str(error).strip().splitlines()[0]}

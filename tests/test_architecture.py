@@ -17,7 +17,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("logger", "envs", "errors", "version"),
     ("inputs", "outputs", "diffusion/request", "diffusion/data", "diffusion/cache_config"),
     ("platforms", "diffusion/distributed"),
-    ("diffusion/attention", "diffusion/layers"),
+    ("diffusion/attention", "diffusion/layers", "diffusion/quantization"),
     (
         "diffusion/latents",
         "diffusion/guidance",

@@ -30,7 +30,6 @@ PLANNED = {
     "data_parallel_size": 2,
     "use_hsdp": True,
     "enable_cpu_offload": True,
-    "quantization": "fp8",
 }
 
 

@@ -138,7 +138,9 @@ class OmniDiffusionConfig:
     )
     max_batch_size: int = _option(16, "most pictures that share one forward of the transformer")
     max_num_seqs: int = _option(64, "most requests that are in progress at once")
-    quantization: str | None = _planned(None, "quantization")
+    quantization: Literal["fp8"] | None = _option(
+        None, "fp8: the transformer's large linear layers in 8 bits, weights and activations", choices=("fp8",)
+    )
     enable_prompt_embed_cache: bool = _option(False, "keep the embeddings of prompts and reuse them for equal ones")
     prompt_embed_cache_size: int = _option(64, "most prompts whose embeddings are kept; the least recently used go")
     parallel_config: DiffusionParallelConfig = field(default_factory=DiffusionParallelConfig)

@@ -25,6 +25,9 @@ class CpuPlatform:
     def name(self) -> str:
         return f"{python_platform.machine()} CPU, {os.cpu_count()} cores"
 
+    def why_no_fp8(self) -> str | None:
+        return "a CPU has no FP8 arithmetic"
+
     def free_memory(self) -> int:
         # MemAvailable counts reclaimable caches as free, which sysconf's free pages do not.
         meminfo = Path("/proc/meminfo")

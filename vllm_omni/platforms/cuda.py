@@ -20,6 +20,12 @@ class CudaPlatform:
     def name(self) -> str:
         return torch.cuda.get_device_name(self.device)
 
+    def why_no_fp8(self) -> str | None:
+        major, minor = torch.cuda.get_device_capability(self.device)
+        if (major, minor) >= (8, 9):
+            return None
+        return f"it needs compute capability 8.9 or newer (Ada, Hopper, Blackwell), the GPU has {major}.{minor}"
+
     def free_memory(self) -> int:
         # Blocks that torch holds without using them can be handed out again.
         free, _ = torch.cuda.mem_get_info(self.device)

@@ -24,6 +24,10 @@ class Platform(Protocol):
         """The hardware's name, for receipts and reports."""
         ...
 
+    def why_no_fp8(self) -> str | None:
+        """Why the device has no products of FP8 numbers, or None if it has."""
+        ...
+
     def free_memory(self) -> int:
         """Memory that a new allocation can take now."""
         ...

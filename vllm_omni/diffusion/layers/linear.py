@@ -9,7 +9,9 @@ Shapes: I input features, O output features; weights are ``[O, I]`` as in ``torc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +29,38 @@ WeightLoader = Callable[[nn.Parameter, torch.Tensor, str | None], None]
 
 
 class LinearMethod:
-    """How a linear layer computes. Quantization replaces it; this one is the plain product."""
+    """How a linear layer holds its weight and computes. Quantization replaces it; this one is the plain product."""
+
+    def create_weight(self, layer: LinearBase) -> None:
+        """Give ``layer`` its ``weight``, uninitialised."""
+        layer.weight = layer.parameter(torch.empty(layer.output_size, layer.input_size))
+
+    def store_weight(self, layer: LinearBase, loaded: torch.Tensor, first_row: int) -> None:
+        """Put ``loaded [R, I]`` into R rows of the layer's weight."""
+        copy_weight(layer.weight.data.narrow(0, first_row, loaded.shape[0]), loaded)
 
     def apply(self, layer: LinearBase, x: torch.Tensor) -> torch.Tensor:
         """``[..., I] -> [..., O]``."""
         return F.linear(x, layer.weight, layer.bias)
+
+
+# Whether and how a layer of this many input and output features is quantized.
+ChooseLinearMethod = Callable[[int, int], LinearMethod]
+
+_choose_method: ContextVar[ChooseLinearMethod | None] = ContextVar("linear_method", default=None)
+
+
+@contextmanager
+def linear_method(choose: ChooseLinearMethod | None) -> Iterator[None]:
+    """Sharded linear layers that are built within the block compute by what ``choose`` gives; None is the plain way.
+
+    Layers that every rank holds as a whole stay as they are: see :class:`ReplicatedLinear`.
+    """
+    token = _choose_method.set(choose)
+    try:
+        yield
+    finally:
+        _choose_method.reset(token)
 
 
 class LinearBase(nn.Module):
@@ -45,18 +74,35 @@ class LinearBase(nn.Module):
         self.input_size = input_size
         self.output_size = output_size
         self.tp = tp
-        self.linear_method = LinearMethod()
-        self.weight = self._parameter(torch.empty(output_size, input_size))
-        self.bias = self._parameter(torch.empty(output_size)) if bias else None
+        self.linear_method = self._choose_linear_method()
+        self.linear_method.create_weight(self)
+        self.bias = self.parameter(torch.empty(output_size)) if bias else None
 
-    def _parameter(self, values: torch.Tensor) -> nn.Parameter:
+    def _choose_linear_method(self) -> LinearMethod:
+        choose = _choose_method.get()
+        return LinearMethod() if choose is None else choose(self.input_size, self.output_size)
+
+    def parameter(self, values: torch.Tensor) -> nn.Parameter:
+        """A parameter that loads by this layer's :meth:`load_parameter`."""
         parameter = nn.Parameter(values, requires_grad=False)
         parameter.weight_loader = self.load_parameter  # type: ignore[attr-defined]
         return parameter
 
     def load_parameter(self, parameter: nn.Parameter, loaded: torch.Tensor, part: str | None = None) -> None:
         """Copy ``loaded``, a whole tensor of the checkpoint, into this rank's parameter."""
-        copy_weight(parameter, loaded)
+        self._store(parameter, loaded)
+
+    def _store(
+        self, parameter: nn.Parameter, loaded: torch.Tensor, first_row: int = 0, rows: int | None = None
+    ) -> None:
+        """Copy ``loaded`` into ``rows`` rows of the weight, or entries of the bias; into all if no number is given."""
+        expected = (parameter.shape[0] if rows is None else rows, *parameter.shape[1:])
+        if loaded.shape != expected:
+            raise ValueError(f"shape {list(loaded.shape)} does not fit {list(expected)}")
+        if parameter.dim() == 1:
+            copy_weight(parameter.data.narrow(0, first_row, expected[0]), loaded)
+        else:
+            self.linear_method.store_weight(self, loaded, first_row)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear_method.apply(self, x)
@@ -66,10 +112,16 @@ class LinearBase(nn.Module):
 
 
 class ReplicatedLinear(LinearBase):
-    """The whole layer on every rank."""
+    """The whole layer on every rank, never quantized.
+
+    It is for what has little work or wants its precision: embeddings of inputs, modulations, the last projection.
+    """
 
     def __init__(self, input_size: int, output_size: int, bias: bool = True) -> None:
         super().__init__(input_size, output_size, bias, SINGLE_RANK)
+
+    def _choose_linear_method(self) -> LinearMethod:
+        return LinearMethod()
 
 
 class ColumnParallelLinear(LinearBase):
@@ -82,7 +134,7 @@ class ColumnParallelLinear(LinearBase):
         super().__init__(input_size, tp.divide(output_size, "output_size"), bias, tp)
 
     def load_parameter(self, parameter: nn.Parameter, loaded: torch.Tensor, part: str | None = None) -> None:
-        copy_weight(parameter, self.tp.shard(loaded, 0, "output_size"))
+        self._store(parameter, self.tp.shard(loaded, 0, "output_size"))
 
 
 class MergedColumnParallelLinear(LinearBase):
@@ -112,15 +164,15 @@ class MergedColumnParallelLinear(LinearBase):
             self._load_fused(parameter, loaded)
             return
         index = self.checkpoint_names.index(part)
-        target = parameter.data.narrow(0, sum(self.output_sizes[:index]), self.output_sizes[index])
-        copy_weight(target, self.tp.shard(loaded, 0, "output_size"))
+        first_row, rows = sum(self.output_sizes[:index]), self.output_sizes[index]
+        self._store(parameter, self.tp.shard(loaded, 0, "output_size"), first_row, rows)
 
     def _load_fused(self, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
         """A checkpoint that stores the parts fused already."""
         if loaded.shape[0] != sum(self.output_sizes) * self.tp.size:
             raise ValueError(f"shape {list(loaded.shape)} does not hold {self.output_sizes} x {self.tp.size} ranks")
         parts = loaded.split([size * self.tp.size for size in self.output_sizes], dim=0)
-        copy_weight(parameter, torch.cat([self.tp.shard(values, 0, "output_size") for values in parts]))
+        self._store(parameter, torch.cat([self.tp.shard(values, 0, "output_size") for values in parts]))
 
     def split(self, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """``[..., sum(O_i)] -> ([..., O_1], [..., O_2], ...)``; views."""
@@ -170,7 +222,7 @@ class RowParallelLinear(LinearBase):
 
     def load_parameter(self, parameter: nn.Parameter, loaded: torch.Tensor, part: str | None = None) -> None:
         is_bias = parameter.dim() == 1
-        copy_weight(parameter, loaded if is_bias else self.tp.shard(loaded, 1, "input_size"))
+        self._store(parameter, loaded if is_bias else self.tp.shard(loaded, 1, "input_size"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.tp.size > 1:
@@ -192,12 +244,12 @@ class MergedRowParallelLinear(RowParallelLinear):
 
     def load_parameter(self, parameter: nn.Parameter, loaded: torch.Tensor, part: str | None = None) -> None:
         if parameter.dim() == 1:
-            copy_weight(parameter, loaded)
+            self._store(parameter, loaded)
             return
         if loaded.shape[1] != sum(self.input_sizes):
             raise ValueError(f"shape {list(loaded.shape)} does not hold inputs of {self.input_sizes}")
         blocks = loaded.split(self.input_sizes, dim=1)
-        copy_weight(parameter, torch.cat([self.tp.shard(block, 1, "input_size") for block in blocks], dim=1))
+        self._store(parameter, torch.cat([self.tp.shard(block, 1, "input_size") for block in blocks], dim=1))
 
 
 def copy_weight(target: torch.Tensor, loaded: torch.Tensor) -> None:

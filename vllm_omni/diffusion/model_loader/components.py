@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.encoders.channel_norm import use_squared_sums
+from vllm_omni.diffusion.layers.linear import LinearBase
 from vllm_omni.diffusion.model_loader.weights import (
     AutoWeightsLoader,
     check_complete,
@@ -124,7 +125,15 @@ def fill_with_random_weights(module: nn.Module, seed: int = 0) -> None:
             generator = generators[parameter.device] = torch.Generator(parameter.device).manual_seed(seed)
         if parameter.dim() >= 2:
             fan_in = parameter[0].numel()
-            parameter.data.normal_(0, fan_in**-0.5, generator=generator)
+            layer = module.get_submodule(name.rpartition(".")[0])
+            if isinstance(layer, LinearBase):
+                # As if it were loaded, for it may be quantized.
+                values = torch.empty(parameter.shape, device=parameter.device).normal_(
+                    0, fan_in**-0.5, generator=generator
+                )
+                layer.linear_method.store_weight(layer, values, 0)
+            else:
+                parameter.data.normal_(0, fan_in**-0.5, generator=generator)
         elif name.endswith("bias"):
             parameter.data.zero_()
         elif not bool(torch.isfinite(parameter).all()):

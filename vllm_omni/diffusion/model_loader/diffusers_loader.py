@@ -18,6 +18,7 @@ from vllm_omni.diffusion.distributed.utils import local_device
 from vllm_omni.diffusion.model_loader.components import default_dtype, fill_with_random_weights
 from vllm_omni.diffusion.model_loader.utils import resolve_model_folder
 from vllm_omni.diffusion.model_loader.weights import check_complete, iterate_weights, total_size, weight_files
+from vllm_omni.diffusion.quantization import check_quantization, quantized_linears
 from vllm_omni.errors import InsufficientMemoryError, WeightsError
 from vllm_omni.platforms import get_platform
 
@@ -65,6 +66,7 @@ class DiffusersPipelineLoader:
         """
         config = self.od_config
         check_backend(config.attention_backend, config.torch_device)
+        check_quantization(config)
         if config.load_format == "auto":
             self._check_memory()
         with (
@@ -72,6 +74,7 @@ class DiffusersPipelineLoader:
             default_dtype(config.torch_dtype),
             local_device(config.torch_device),
             attention_backend(config.attention_backend),
+            quantized_linears(config),
         ):
             pipeline = pipeline_class(od_config=config)
         if check is not None:
