@@ -88,8 +88,7 @@ class ModelRunner:
             self._running.pop(request_id, None)
         if result.finished:
             result.attention_backends = self._used_attention_backends()
-            if self._compiled_blocks is not None:
-                result.accelerations = (self._compiled_blocks.describe(),)
+            result.accelerations = self._accelerations()
         return result
 
     def _prepare(self, request: OmniDiffusionRequest) -> None:
@@ -179,6 +178,10 @@ class ModelRunner:
         except Exception as error:
             result.errors[request_id] = _explained(error)
             self._platform.empty_cache()
+
+    def _accelerations(self) -> tuple[str, ...]:
+        compiled = () if self._compiled_blocks is None else (self._compiled_blocks.describe(),)
+        return compiled if self._config.quantization is None else (*compiled, self._config.quantization)
 
     def _used_attention_backends(self) -> tuple[str, ...]:
         return tuple(sorted(set().union(*(layer.used_backends for layer in self._attention_layers))))
