@@ -55,6 +55,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="blocks of each kind, for a quick look; absent: all")
     parser.add_argument("--forwards", type=int, default=10)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--graph", action="store_true", help="time each mode as a CUDA graph as well")
     parser.add_argument("--lock", type=Path)
     parser.add_argument("--profile", type=Path, help="folder for a table of kernels of each mode")
     parser.add_argument("--json", type=Path)
@@ -157,6 +158,7 @@ def measured(args: argparse.Namespace, name: str, forward: Callable[[], Any]) ->
             host_ms.append(1000 * (time.perf_counter() - started))
             synchronize(args.device)
             device_ms.append(1000 * (time.perf_counter() - started))
+        graph = {"graph_ms": replayed(args, forward)} if args.graph else {}
         if args.profile is not None:
             write_profile(args.profile / f"{args.model}-{name}.txt", forward)
     peak = torch.cuda.max_memory_allocated() / 2**30 if args.device.startswith("cuda") else 0.0
@@ -166,9 +168,25 @@ def measured(args: argparse.Namespace, name: str, forward: Callable[[], Any]) ->
         "host_ms": median(host_ms),
         "first_s": first_s,
         "peak_memory_gib": peak,
+        **graph,
     }
     print(name, {key: round(value, 2) for key, value in figures.items()}, file=sys.stderr, flush=True)
     return figures
+
+
+def replayed(args: argparse.Namespace, forward: Callable[[], Any]) -> float:
+    """Milliseconds of a forward that was captured as a CUDA graph: no time between its kernels is the host's."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        forward()
+    times = []
+    for _ in range(args.forwards):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        graph.replay()
+        torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - started))
+    return median(times)
 
 
 def synchronize(device: str) -> None:

@@ -214,6 +214,54 @@ def attention() -> dict[str, dict[str, float]]:
     return results
 
 
+def overlaps() -> dict[str, dict[str, float]]:
+    """Two products one after the other, and on two streams; one product of everything, and in parts."""
+    side = torch.cuda.Stream()
+
+    def both(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, y: torch.Tensor, v: torch.Tensor) -> Inputs:
+        return F.linear(x, w, b), F.linear(y, v, b)
+
+    def apart(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, y: torch.Tensor, v: torch.Tensor) -> Inputs:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            second = F.linear(y, v, b)
+        first = F.linear(x, w, b)
+        torch.cuda.current_stream().wait_stream(side)
+        return first, second
+
+    results = {}
+    for rows in (512, 128, 1):
+        for n, k in ((9216, 3072), (3072, 3072), (12288, 3072), (3072, 12288)):
+
+            def inputs(rows: int = rows, n: int = n, k: int = k) -> Inputs:
+                return drawn(4096, k), drawn(n, k), drawn(n), drawn(rows, k), drawn(n, k)
+
+            name = f"4096 and {rows} x {n} x {k}"
+            results[name] = {"one stream": microseconds(both, inputs), "two streams": microseconds(apart, inputs)}
+            print(name, {key: round(value, 1) for key, value in results[name].items()}, flush=True)
+    results["single-stream block of FLUX.1"] = single_block()
+    print(results["single-stream block of FLUX.1"], flush=True)
+    return results
+
+
+def single_block() -> dict[str, float]:
+    """Its products and GELU: two fused products, or four, GELU in the epilogue of one of them."""
+
+    def fused(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, v: torch.Tensor, c: torch.Tensor) -> Inputs:
+        qkv, mlp = F.linear(x, w, b).split((9216, 12288), dim=-1)
+        return qkv, F.linear(torch.cat([x, F.gelu(mlp, approximate="tanh")], dim=-1), v, c)
+
+    def parts(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, v: torch.Tensor, c: torch.Tensor) -> Inputs:
+        qkv = F.linear(x, w[:9216], b[:9216])
+        mlp = torch._addmm_activation(b[9216:], x, w[9216:].t(), use_gelu=True)
+        return qkv, torch.addmm(F.linear(x, v[:, :3072], c), mlp, v[:, 3072:].t())
+
+    def inputs() -> Inputs:
+        return drawn(4608, 3072), drawn(21504, 3072), drawn(21504), drawn(3072, 15360), drawn(3072)
+
+    return {"fused": microseconds(torch.compile(fused), inputs), "parts": microseconds(parts, inputs)}
+
+
 def timed(name: str, work: Callable[..., Any], inputs: Callable[[], Inputs]) -> dict[str, float]:
     figures = {"us": microseconds(work, inputs)}
     print(name, round(figures["us"], 1), flush=True)
@@ -225,6 +273,7 @@ PARTS: dict[str, Callable[[], dict[str, dict[str, float]]]] = {
     "gelu_and_quantization": gelu_and_quantization,
     "products": products,
     "attention": attention,
+    "overlaps": overlaps,
 }
 
 
