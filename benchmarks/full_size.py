@@ -158,7 +158,7 @@ def measured(args: argparse.Namespace, name: str, forward: Callable[[], Any]) ->
             host_ms.append(1000 * (time.perf_counter() - started))
             synchronize(args.device)
             device_ms.append(1000 * (time.perf_counter() - started))
-        graph = {"graph_ms": replayed(args, forward)} if args.graph else {}
+        graph = replayed(args, forward) if args.graph else {}
         if args.profile is not None:
             write_profile(args.profile / f"{args.model}-{name}.txt", forward)
     peak = torch.cuda.max_memory_allocated() / 2**30 if args.device.startswith("cuda") else 0.0
@@ -174,19 +174,23 @@ def measured(args: argparse.Namespace, name: str, forward: Callable[[], Any]) ->
     return figures
 
 
-def replayed(args: argparse.Namespace, forward: Callable[[], Any]) -> float:
+def replayed(args: argparse.Namespace, forward: Callable[[], Any]) -> dict[str, float]:
     """Milliseconds of a forward that was captured as a CUDA graph: no time between its kernels is the host's."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        forward()
+    try:
+        with torch.cuda.graph(graph):
+            forward()
+    except RuntimeError as error:
+        print(f"cannot be captured: {error}", file=sys.stderr)
+        return {}
     times = []
     for _ in range(args.forwards):
-        torch.cuda.synchronize()
+        synchronize(args.device)
         started = time.perf_counter()
         graph.replay()
-        torch.cuda.synchronize()
+        synchronize(args.device)
         times.append(1000 * (time.perf_counter() - started))
-    return median(times)
+    return {"graph_ms": median(times)}
 
 
 def synchronize(device: str) -> None:
