@@ -1,0 +1,121 @@
+"""Seconds from prompt embeddings to pictures of a full-size model with random weights, through ``Omni``.
+
+    python -m benchmarks.full_size_generate flux --json benchmarks/results/flux_generate.json
+    python -m benchmarks.full_size_generate qwen-image --json benchmarks/results/qwen_image_generate.json
+    python -m benchmarks.full_size_generate qwen-image --side 512 --steps 10 --batches 1 8 --cases compiled
+
+Needs a GPU with 80 GB. bfloat16; FLUX.1-dev takes 28 steps, Qwen-Image 50 steps with classifier-free guidance, unless
+``--steps`` says otherwise. Text encoders are in memory and not run. A cache skips by a fixed pattern
+(``cache_dit`` with a static mask): what a threshold would skip means nothing with random weights. Each case runs in a
+process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.full_size import exclusive, shared
+from benchmarks.full_size_models import CONFIGS
+from benchmarks.report import median, write_json
+
+_CACHE = {
+    "cache_backend": "cache_dit",
+    "cache_config": {"scm_steps_mask_policy": "medium", "scm_steps_policy": "static"},
+}
+CASES: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "compiled": {"enforce_eager": False},
+    "compiled, cache": {"enforce_eager": False, **_CACHE},
+    "fp8": {"enforce_eager": False, "quantization": "fp8"},
+    "fp8, cache": {"enforce_eager": False, "quantization": "fp8", **_CACHE},
+}
+STEPS = {"flux": 28, "qwen-image": 50}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=STEPS)
+    parser.add_argument("--case", choices=CASES, help="measure one and print JSON")
+    parser.add_argument("--cases", nargs="+", default=tuple(CASES), choices=CASES)
+    parser.add_argument("--side", type=int, default=1024, help="pixels")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1], help="requests at once")
+    parser.add_argument("--trials", type=int, default=2)
+    parser.add_argument("--lock", type=Path)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def prompt(model: str, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    if model == "flux":
+        return {
+            "prompt_embeds": torch.randn(1, 512, 4096, generator=generator),
+            "pooled_prompt_embeds": torch.randn(1, 768, generator=generator),
+        }
+    names = ("prompt_embeds", "negative_prompt_embeds")
+    return {name: torch.randn(1, 128, 3584, generator=generator) for name in names}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    from vllm_omni import Omni, OmniDiffusionSamplingParams
+
+    folder = CONFIGS / {"flux": "flux.1-dev", "qwen-image": "qwen-image"}[args.model]
+    steps = STEPS[args.model] if args.steps is None else args.steps
+    params = OmniDiffusionSamplingParams(height=args.side, width=args.side, num_inference_steps=steps, seed=0)
+    few = OmniDiffusionSamplingParams(height=args.side, width=args.side, num_inference_steps=2, seed=0)
+    results: dict[str, Any] = {}
+    started = time.perf_counter()
+    with shared(args.lock):
+        omni = Omni(str(folder), load_format="dummy", show_progress=False, **CASES[args.case])
+        results["start_s"] = time.perf_counter() - started
+        for batch in args.batches:
+            omni.generate([prompt(args.model, seed) for seed in range(batch)], few)
+        results["first_pictures_s"] = time.perf_counter() - started
+    with omni:
+        for batch in args.batches:
+            with exclusive(args.lock):
+                outputs, seconds = [], []
+                for _ in range(args.trials):
+                    started = time.perf_counter()
+                    outputs = omni.generate([prompt(args.model, seed) for seed in range(batch)], params)
+                    seconds.append(time.perf_counter() - started)
+            receipt = outputs[0].receipt
+            assert receipt is not None
+            results[f"batch {batch}"] = {
+                "seconds": median(seconds),
+                "pictures_per_second": batch / median(seconds),
+                "denoise_s": outputs[0].metrics.denoise_s,
+                "decode_s": outputs[0].metrics.decode_s,
+                "peak_memory_gib": max(output.metrics.peak_memory_bytes for output in outputs) / 2**30,
+                "accelerations": receipt.accelerations,
+                "attention_backends": receipt.attention_backends,
+            }
+            print(args.model, args.case, batch, results[f"batch {batch}"], file=sys.stderr, flush=True)
+    return results
+
+
+def main() -> None:
+    args = parse_args()
+    if args.case is not None:
+        print(json.dumps(measure(args)))
+        return
+    results: dict[str, Any] = {"model": args.model, "side": args.side, "steps": args.steps or STEPS[args.model]}
+    for case in args.cases:
+        command = [sys.executable, "-m", "benchmarks.full_size_generate", *sys.argv[1:], "--case", case]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        failed = {"error": f"exit status {done.returncode}"}
+        results[case] = failed if done.returncode else json.loads(done.stdout.strip().splitlines()[-1])
+    write_json(args.json, results)
+
+
+if __name__ == "__main__":
+    main()
