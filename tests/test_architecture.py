@@ -25,6 +25,7 @@ LAYERS: list[tuple[str, ...]] = [
         "diffusion/encoders",
         "diffusion/denoise",
         "diffusion/denoise_state",
+        "diffusion/latent_preview",
         "diffusion/step_plan",
         "diffusion/step_memory",
         "diffusion/staged_forward",

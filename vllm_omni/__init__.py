@@ -9,15 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vllm_omni.entrypoints.async_omni import AsyncOmni
     from vllm_omni.entrypoints.omni import Omni
     from vllm_omni.inputs.data import OmniDiffusionSamplingParams
     from vllm_omni.outputs import OmniRequestOutput
 
 from vllm_omni.version import __version__
 
-__all__ = ["Omni", "OmniDiffusionSamplingParams", "OmniRequestOutput", "__version__"]
+__all__ = ["AsyncOmni", "Omni", "OmniDiffusionSamplingParams", "OmniRequestOutput", "__version__"]
 
 _LOCATIONS = {
+    "AsyncOmni": "vllm_omni.entrypoints.async_omni",
     "Omni": "vllm_omni.entrypoints.omni",
     "OmniDiffusionSamplingParams": "vllm_omni.inputs.data",
     "OmniRequestOutput": "vllm_omni.outputs",

@@ -83,6 +83,18 @@ class EngineClosedError(OmniError, RuntimeError):
     """The engine was closed and takes no more requests."""
 
 
+class EngineFailureError(OmniError, RuntimeError):
+    """The workers failed as a whole, so that the requests in progress were lost. The engine goes on with later ones."""
+
+
+class QueueFullError(OmniError, RuntimeError):
+    """As many requests wait as may wait. In ``retry_after_s`` seconds some of them are expected to be done."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its type if it says nothing."""
     lines = str(error).strip().splitlines()

@@ -10,11 +10,15 @@ FinishReason = Literal["completed", "aborted", "failed"]
 
 @dataclass(frozen=True, kw_only=True)
 class StepProgress:
-    """Told after each denoising step of a request: ``step`` of ``num_steps`` are done."""
+    """Told after each denoising step of a request: ``step`` of ``num_steps`` are done.
+
+    ``preview`` is there at the steps for which someone asked: uint8 ``[N, h, w, 3]``, smaller than the outputs.
+    """
 
     request_id: str
     step: int
     num_steps: int
+    preview: Any = None
 
 
 @dataclass(kw_only=True)

@@ -136,7 +136,7 @@ class OmniDiffusionSamplingParams:
 def normalize_prompt(prompt: Any) -> OmniPrompt:
     """A prompt as a dict of known keys with sound types. Raises ``InvalidRequestError`` that names the key."""
     if isinstance(prompt, str):
-        return {"prompt": prompt}
+        prompt = {"prompt": prompt}
     if not isinstance(prompt, Mapping):
         raise InvalidRequestError(
             f"a prompt must be a string or a dict with the keys {', '.join(_PROMPT_KEYS)}, not {type(prompt).__name__}",
@@ -148,6 +148,7 @@ def normalize_prompt(prompt: Any) -> OmniPrompt:
     present: dict[str, Any] = {key: value for key, value in prompt.items() if value is not None}
     for key in ("prompt", "negative_prompt"):
         _check_type(key, present.get(key), str)
+        _check_unicode(key, present.get(key))
     for key in ("prompt_embeds", "negative_prompt_embeds"):
         _check_embeds(key, present.get(key))
     for key in ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"):
@@ -198,6 +199,12 @@ def _check_schedule(name: str, values: Any, high: float) -> None:
 def _check_type(name: str, value: Any, kind: type) -> None:
     if value is not None and not isinstance(value, kind):
         raise InvalidRequestError(f"{name} must be a {kind.__name__}, not {type(value).__name__}", param=name)
+
+
+def _check_unicode(name: str, text: str | None) -> None:
+    """Half of a surrogate pair, which JSON can carry, is no character: no tokenizer takes it."""
+    if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
+        raise InvalidRequestError(f"{name} holds half of a surrogate pair; give valid Unicode", param=name)
 
 
 def _check_embeds(name: str, value: Any) -> None:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.data import OmniDiffusionConfig, SameAs
 from vllm_omni.diffusion.engine.admission import admit, read_sampling_defaults
 from vllm_omni.diffusion.engine.executor import Executor, InProcessExecutor
+from vllm_omni.diffusion.engine.results import PostProcess, Receipts
 from vllm_omni.diffusion.engine.scheduler import ScheduledRequest, Scheduler
+from vllm_omni.diffusion.latent_preview import LatentPreview
 from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
 from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerOutput
 from vllm_omni.diffusion.worker.model_runner import is_stepped
-from vllm_omni.errors import EngineClosedError, InvalidRequestError
+from vllm_omni.errors import EngineClosedError, EngineFailureError, first_line
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
-from vllm_omni.outputs import FinishReason, OmniRequestOutput, Receipt, RequestMetrics, StepCacheUse, StepProgress
+from vllm_omni.logger import init_logger
+from vllm_omni.outputs import FinishReason, OmniRequestOutput, RequestMetrics, StepProgress
+
+logger = init_logger(__name__)
+
+# Whether a request's next step is to be shown: its id, the step, and the number of its steps.
+NeedsPreview = Callable[[str, int, int], bool]
 
 
 @dataclass(kw_only=True)
@@ -38,29 +46,71 @@ class EngineRound:
 
     progress: list[StepProgress]
     outputs: list[OmniRequestOutput]
+    seconds: float = 0.0  # of the workers
 
 
 class Engine:
-    """Serves one model. One thread calls :meth:`add_request` and :meth:`step`; any thread may call :meth:`abort`."""
+    """Serves one model. One thread calls :meth:`step`; requests come and are aborted from any thread.
 
-    def __init__(self, od_config: OmniDiffusionConfig, on_load_progress: LoadProgress | None = None) -> None:
+    ``needs_preview`` is asked before each step of a request, by a server whose clients may watch.
+    """
+
+    def __init__(
+        self,
+        od_config: OmniDiffusionConfig,
+        on_load_progress: LoadProgress | None = None,
+        needs_preview: NeedsPreview | None = None,
+    ) -> None:
         self.od_config = od_config
         model = resolve_diffusion_model(od_config.model_class_name)
         self._is_stepped = is_stepped(model.pipeline_class)
         self._spec = model.request_spec(od_config)
-        self._cfg_parameters = ("true_cfg_scale",) if self._spec is None else self._spec.cfg_parameters
+        self._receipts = Receipts(od_config, self._spec)
         self._checkpoint_defaults = read_sampling_defaults(od_config)
         self._pre_process = _built(model.get_pre_process_func, od_config)
-        self._post_process = _PostProcess(_built(model.get_post_process_func, od_config))
+        self._post_process = PostProcess(_built(model.get_post_process_func, od_config))
         self._scheduler = Scheduler(od_config.max_num_seqs)
         self._tracked: dict[str, _Tracked] = {}
+        self._step_s = 0.0  # seconds of a step of one request, the last round's
         self._executor: Executor | None = InProcessExecutor(od_config, on_load_progress)
-        self._attention_backends: tuple[str, ...] = ()
-        self._accelerations: tuple[str, ...] = ()  # those of the worker
+        self.has_previews = self._is_stepped and LatentPreview.load(od_config.model) is not None
+        self._needs_preview = needs_preview if self.has_previews else None
 
     @property
     def has_requests(self) -> bool:
         return self._scheduler.has_requests
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that no worker has begun."""
+        return self._scheduler.num_waiting
+
+    @property
+    def num_running(self) -> int:
+        """Requests that workers hold."""
+        return self._scheduler.num_running
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether a prompt may hold pictures."""
+        return self._spec is not None and "multi_modal_data" in self._spec.prompt_keys
+
+    @property
+    def request_defaults(self) -> dict[str, Any]:
+        """The parameters that the model takes, with the value of an absent one where it does not follow from others."""
+        defaults = {} if self._spec is None else dict(self._spec.defaults)
+        own = {name: value for name, value in defaults.items() if not isinstance(value, SameAs)}
+        return {**own, **self._checkpoint_defaults}
+
+    def eta_s(self, request_id: str) -> float | None:
+        """Estimated seconds until a request is done, None if it is not in progress."""
+        left = self._scheduler.num_steps_left_of(request_id)
+        return None if left is None else left * self._step_s * max(1, self._scheduler.num_running)
+
+    @property
+    def seconds_of_work(self) -> float:
+        """Estimated seconds until every request in hand is done."""
+        return self._scheduler.num_steps_left * self._step_s
 
     @property
     def output_kind(self) -> Literal["image", "video"]:
@@ -98,34 +148,69 @@ class Engine:
             self.od_config.max_batch_size if max_batch_size is None else max_batch_size
         )
         outputs = [self._output(scheduled.request.request_id, "aborted") for scheduled in aborted]
-        now = time.perf_counter()
+        started = time.perf_counter()
         for request in command.prepare:
-            self._tracked[request.request_id].scheduled = now
+            self._tracked[request.request_id].scheduled = started
         if command.is_empty:
             return EngineRound(progress=[], outputs=outputs)
         try:
-            result = self._executor.execute(command)
+            result = self._executor.execute(self._with_previews(command))
+        except Exception as error:
+            logger.exception("a round of the workers failed")
+            return EngineRound(progress=[], outputs=outputs + self._fail_running(error))
         except BaseException:
             self.discard_all()
             raise
-        self._attention_backends = result.attention_backends
-        self._accelerations = result.accelerations
+        seconds = time.perf_counter() - started
+        if command.step:
+            self._step_s = seconds / len(command.step)
+        self._receipts.update(result)
         progress = []
         for scheduled in self._scheduler.update(command, result):
             request_id = scheduled.request.request_id
             self._tracked[request_id].num_steps_done = scheduled.step
-            progress.append(StepProgress(request_id=request_id, step=scheduled.step, num_steps=scheduled.num_steps))
+            progress.append(
+                StepProgress(
+                    request_id=request_id,
+                    step=scheduled.step,
+                    num_steps=scheduled.num_steps,
+                    preview=result.previews.get(request_id),
+                )
+            )
         outputs += [self._output(key, "failed", error=error) for key, error in result.errors.items()]
         outputs += [self._output(key, "completed", finished=finished) for key, finished in result.finished.items()]
-        return EngineRound(progress=progress, outputs=outputs)
+        return EngineRound(progress=progress, outputs=outputs, seconds=seconds)
 
-    def discard_all(self) -> None:
-        """Forget every request, here and in the workers: after an interrupt, a later call must not meet leftovers."""
-        self._scheduler.clear()
-        leftovers = tuple(self._tracked)
-        self._tracked.clear()
-        if self._executor is not None and leftovers:
-            self._executor.execute(WorkerCommand(release=leftovers))
+    def _with_previews(self, command: WorkerCommand) -> WorkerCommand:
+        needs = self._needs_preview
+        if needs is None:
+            return command
+        next_steps = {key: self._scheduler.next_step(key) for key in command.step}
+        return dataclasses.replace(command, preview=tuple(key for key, step in next_steps.items() if needs(key, *step)))
+
+    def _fail_running(self, cause: Exception) -> list[OmniRequestOutput]:
+        """The results of the requests that a failure of the workers took along. Those that wait go on."""
+        error = EngineFailureError(f"the workers failed ({first_line(cause)}); send the request again")
+        error.__cause__ = cause
+        return [
+            self._output(scheduled.request.request_id, "failed", error=error)
+            for scheduled in self._scheduler.fail_running()
+        ]
+
+    def discard_all(self) -> list[str]:
+        """Forget every request, here and in the workers: after an interrupt, a later call must not meet leftovers.
+
+        Returns their ids.
+        """
+        discarded = self._scheduler.clear()
+        for request_id in discarded:
+            self._tracked.pop(request_id, None)
+        if self._executor is not None and discarded:
+            try:
+                self._executor.execute(WorkerCommand(release=tuple(discarded)))
+            except Exception:
+                logger.exception("the workers could not release requests")
+        return discarded
 
     def close(self) -> None:
         """Drop the model and everything in progress. May be called twice."""
@@ -166,79 +251,10 @@ class Engine:
             finished=reason == "completed",
             finish_reason=reason,
             metrics=metrics,
-            receipt=self._receipt(request, finished) if reason == "completed" else None,
+            receipt=self._receipts.make(request, finished) if finished is not None and reason == "completed" else None,
             error=error,
         )
-
-    def _receipt(self, request: OmniDiffusionRequest, finished: WorkerOutput | None) -> Receipt:
-        config, params = self.od_config, request.sampling_params
-        seeds = request.seeds
-        step_cache = None if finished is None else finished.step_cache
-        return Receipt(
-            model=config.model,
-            pipeline=config.model_class_name,
-            device=config.device,
-            dtype=config.dtype,
-            attention_backends=self._attention_backends,
-            num_inference_steps=params.num_inference_steps,
-            seeds=None if seeds is None else tuple(seeds),
-            height=params.height,
-            width=params.width,
-            guidance=_guidance_text(params, self._cfg_parameters),
-            num_frames=params.num_frames,
-            fps=params.fps,
-            accelerations=(*_accelerations(config, step_cache), *self._accelerations),
-            step_cache=step_cache,
-        )
-
-
-class _PostProcess:
-    """A model's post-processing function, or none. One of the model guide's takes the output alone and returns PIL;
-    one with a second parameter also takes the output type."""
-
-    def __init__(self, function: Callable[..., Any] | None) -> None:
-        self._function = function
-        self._takes_output_type = function is not None and len(inspect.signature(function).parameters) > 1
-
-    def check(self, request: OmniDiffusionRequest) -> None:
-        """Raises ``InvalidRequestError`` for an output type that the model's function cannot make."""
-        output_type = request.sampling_params.output_type
-        if output_type == "np" and not self._takes_output_type:
-            raise InvalidRequestError(
-                "output_type='np' is not offered by this model; use 'pil' or 'pt'", param="output_type"
-            )
-        if output_type == "pil" and self._function is None:
-            raise InvalidRequestError("output_type='pil' is not offered by this model; use 'pt'", param="output_type")
-
-    def __call__(self, output: Any, request: OmniDiffusionRequest) -> list[Any]:
-        output_type = request.sampling_params.output_type
-        if output_type != "latent" and self._function is not None:
-            if self._takes_output_type:
-                output = self._function(output, output_type)
-            elif output_type == "pil":
-                output = self._function(output)
-        return list(output)
 
 
 def _built(make_function: Callable[..., Any] | None, od_config: OmniDiffusionConfig) -> Callable[..., Any] | None:
     return None if make_function is None else make_function(od_config)
-
-
-def _accelerations(config: OmniDiffusionConfig, step_cache: StepCacheUse | None) -> tuple[str, ...]:
-    names = [name for name in ("vae_use_slicing", "vae_use_tiling") if getattr(config.memory, name)]
-    if config.enable_prompt_embed_cache:
-        names.append("enable_prompt_embed_cache")
-    if step_cache is not None:
-        counts = f"skipped {step_cache.num_skipped} of {step_cache.num_forwards} forwards"
-        names.append(f"{config.cache.cache_backend}: {counts}")
-    return tuple(names)
-
-
-def _guidance_text(params: OmniDiffusionSamplingParams, cfg_parameters: tuple[str, ...]) -> str:
-    parts = []
-    scales = [scale for scale in (getattr(params, name) for name in cfg_parameters) if scale is not None]
-    if any(scale > 1 for scale in scales):
-        parts.append("classifier-free, scale " + ", then ".join(f"{scale:g}" for scale in dict.fromkeys(scales)))
-    if params.guidance_scale is not None and "guidance_scale" not in cfg_parameters:
-        parts.append(f"embedded, scale {params.guidance_scale:g}")
-    return "; ".join(parts) or "none"

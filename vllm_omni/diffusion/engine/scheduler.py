@@ -31,11 +31,33 @@ class Scheduler:
         self._waiting: deque[ScheduledRequest] = deque()
         self._running: dict[str, ScheduledRequest] = {}
         self._aborted: set[str] = set()
+        self._lost: list[str] = []  # failed, while workers may still hold their states
         self._lock = threading.Lock()
 
     @property
     def has_requests(self) -> bool:
         return bool(self._waiting or self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def num_steps_left_of(self, request_id: str) -> int | None:
+        with self._lock:
+            for item in (*self._running.values(), *self._waiting):
+                if item.request.request_id == request_id:
+                    return item.num_steps - item.step
+        return None
+
+    @property
+    def num_steps_left(self) -> int:
+        """Of all requests together."""
+        with self._lock:
+            return sum(item.num_steps - item.step for item in (*self._waiting, *self._running.values()))
 
     def add(self, scheduled: ScheduledRequest) -> None:
         with self._lock:
@@ -82,20 +104,36 @@ class Scheduler:
                 scheduled.step += 1
         return advanced
 
-    def clear(self) -> None:
-        """Forget everything, after a failure that no request caused."""
+    def next_step(self, request_id: str) -> tuple[int, int]:
+        """The step that a running request takes next, and the number of its steps."""
+        scheduled = self._running[request_id]
+        return scheduled.step + 1, scheduled.num_steps
+
+    def fail_running(self) -> list[ScheduledRequest]:
+        """Take out the requests that workers hold, after a failure of the workers. Those that wait stay."""
         with self._lock:
+            failed = list(self._running.values())
+            self._lost += self._running
+            self._running.clear()
+            return failed
+
+    def clear(self) -> list[str]:
+        """Forget everything, after a failure that no request caused. Returns the ids of all that was in hand."""
+        with self._lock:
+            cleared = [scheduled.request.request_id for scheduled in self._waiting] + list(self._running)
             self._waiting.clear()
             self._running.clear()
             self._aborted.clear()
+            return cleared
 
     def _take_aborted(self) -> tuple[list[ScheduledRequest], list[str]]:
-        """Aborted requests, and the ids of those that workers hold a state of."""
+        """Aborted requests, and the ids of those that workers may hold a state of."""
+        lost, self._lost = self._lost, []
         if not self._aborted:
-            return [], []
+            return [], lost
         waiting = [scheduled for scheduled in self._waiting if scheduled.request.request_id in self._aborted]
         self._waiting = deque(scheduled for scheduled in self._waiting if scheduled not in waiting)
         release = [key for key in self._running if key in self._aborted]
         running = [self._running.pop(key) for key in release]
         self._aborted.clear()
-        return waiting + running, release
+        return waiting + running, lost + release

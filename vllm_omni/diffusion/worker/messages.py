@@ -17,6 +17,7 @@ class WorkerCommand:
     prepare: tuple[OmniDiffusionRequest, ...] = ()
     decode: tuple[str, ...] = ()  # all their steps are done
     step: tuple[str, ...] = ()
+    preview: tuple[str, ...] = ()  # of those that take a step: show what they will become
     max_batch_size: int = 1  # rows of one forward
 
     @property
@@ -52,5 +53,6 @@ class WorkerResult:
 
     finished: dict[str, WorkerOutput] = field(default_factory=dict)
     errors: dict[str, Exception] = field(default_factory=dict)
+    previews: dict[str, Any] = field(default_factory=dict)  # uint8 [N, h, w, 3] on the CPU
     attention_backends: tuple[str, ...] = ()
     accelerations: tuple[str, ...] = ()  # what became of those that may not take effect

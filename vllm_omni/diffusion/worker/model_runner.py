@@ -17,6 +17,7 @@ from vllm_omni.diffusion.compile import apply_compile, check_compile
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.denoise import DenoiseState, denoise_step
 from vllm_omni.diffusion.encoders.prompt_cache import PromptEmbedCache
+from vllm_omni.diffusion.latent_preview import LatentPreview
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader, LoadProgress
 from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.diffusion.request import OmniDiffusionRequest
@@ -40,6 +41,10 @@ class _Running:
     output: Any = None  # of a pipeline that runs in one piece
     times: StageTimes = field(default_factory=StageTimes)
     denoise_started: float | None = None
+
+    @property
+    def latents(self) -> torch.Tensor | None:
+        return None if self.state is None else self.state.latents
 
 
 class ModelRunner:
@@ -65,6 +70,7 @@ class ModelRunner:
         self._prompt_embed_cache = PromptEmbedCache(0)
         if caches_prompt_embeds:
             self._prompt_embed_cache = cast(PromptEmbedCache, self.pipeline.prompt_embed_cache)
+        self._preview = LatentPreview.load(od_config.model)
         self._attention_layers = [layer for layer in self.pipeline.modules() if isinstance(layer, Attention)]
         self._running: dict[str, _Running] = {}
         self._plan: StepPlan | None = None  # of the running requests, for as long as none comes or leaves
@@ -83,7 +89,9 @@ class ModelRunner:
         for request_id in command.decode:
             self._guard(result, request_id, self._finish, request_id, result)
         group = [self._running[request_id] for request_id in command.step if request_id in self._running]
+        shown = {key: self._running[key].latents for key in command.preview if key in self._running}
         self._step(group, command.max_batch_size, result)
+        self._show(shown, result)
         for request_id in (*result.errors, *result.finished):
             self._running.pop(request_id, None)
         if result.finished:
@@ -126,6 +134,14 @@ class ModelRunner:
             for state in states:
                 self._guard(result, state.request_id, denoise_step, [state], self.pipeline, 1)
         self._limit_steps_ahead()
+
+    def _show(self, previous: dict[str, torch.Tensor | None], result: WorkerResult) -> None:
+        """Previews of the requests that took a step from ``previous`` latents. They cost nothing unless asked for."""
+        for request_id, latents in previous.items():
+            state = self._running[request_id].state
+            if self._preview is None or state is None or latents is None or request_id in result.errors:
+                continue
+            result.previews[request_id] = self._preview(state, latents).numpy()
 
     def _run_whole(self, running: _Running) -> None:
         running.output = self.pipeline.forward(running.request).output

@@ -1,0 +1,97 @@
+"""From what a worker returns to what a user gets: post-processing and receipts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from vllm_omni.diffusion.data import OmniDiffusionConfig, RequestSpec
+from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.diffusion.worker.messages import WorkerOutput, WorkerResult
+from vllm_omni.errors import InvalidRequestError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.outputs import Receipt, StepCacheUse
+
+
+class PostProcess:
+    """A model's post-processing function, or none. One of the model guide's takes the output alone and returns PIL;
+    one with a second parameter also takes the output type."""
+
+    def __init__(self, function: Callable[..., Any] | None) -> None:
+        self._function = function
+        self._takes_output_type = function is not None and len(inspect.signature(function).parameters) > 1
+
+    def check(self, request: OmniDiffusionRequest) -> None:
+        """Raises ``InvalidRequestError`` for an output type that the model's function cannot make."""
+        output_type = request.sampling_params.output_type
+        if output_type == "np" and not self._takes_output_type:
+            raise InvalidRequestError(
+                "output_type='np' is not offered by this model; use 'pil' or 'pt'", param="output_type"
+            )
+        if output_type == "pil" and self._function is None:
+            raise InvalidRequestError("output_type='pil' is not offered by this model; use 'pt'", param="output_type")
+
+    def __call__(self, output: Any, request: OmniDiffusionRequest) -> list[Any]:
+        output_type = request.sampling_params.output_type
+        if output_type != "latent" and self._function is not None:
+            if self._takes_output_type:
+                output = self._function(output, output_type)
+            elif output_type == "pil":
+                output = self._function(output)
+        return list(output)
+
+
+class Receipts:
+    """Writes down what really ran."""
+
+    def __init__(self, od_config: OmniDiffusionConfig, spec: RequestSpec | None) -> None:
+        self._config = od_config
+        self._cfg_parameters = ("true_cfg_scale",) if spec is None else spec.cfg_parameters
+        self._attention_backends: tuple[str, ...] = ()
+        self._accelerations: tuple[str, ...] = ()
+
+    def update(self, result: WorkerResult) -> None:
+        """Take in what a worker tells of itself."""
+        self._attention_backends, self._accelerations = result.attention_backends, result.accelerations
+
+    def make(self, request: OmniDiffusionRequest, finished: WorkerOutput) -> Receipt:
+        """The receipt of a request that is done."""
+        config, params = self._config, request.sampling_params
+        seeds, step_cache = request.seeds, finished.step_cache
+        return Receipt(
+            model=config.model,
+            pipeline=config.model_class_name,
+            device=config.device,
+            dtype=config.dtype,
+            attention_backends=self._attention_backends,
+            num_inference_steps=params.num_inference_steps,
+            seeds=None if seeds is None else tuple(seeds),
+            height=params.height,
+            width=params.width,
+            guidance=_guidance_text(params, self._cfg_parameters),
+            num_frames=params.num_frames,
+            fps=params.fps,
+            accelerations=(*_accelerations(config, step_cache), *self._accelerations),
+            step_cache=step_cache,
+        )
+
+
+def _accelerations(config: OmniDiffusionConfig, step_cache: StepCacheUse | None) -> tuple[str, ...]:
+    names = [name for name in ("vae_use_slicing", "vae_use_tiling") if getattr(config.memory, name)]
+    if config.enable_prompt_embed_cache:
+        names.append("enable_prompt_embed_cache")
+    if step_cache is not None:
+        counts = f"skipped {step_cache.num_skipped} of {step_cache.num_forwards} forwards"
+        names.append(f"{config.cache.cache_backend}: {counts}")
+    return tuple(names)
+
+
+def _guidance_text(params: OmniDiffusionSamplingParams, cfg_parameters: tuple[str, ...]) -> str:
+    parts = []
+    scales = [scale for scale in (getattr(params, name) for name in cfg_parameters) if scale is not None]
+    if any(scale > 1 for scale in scales):
+        parts.append("classifier-free, scale " + ", then ".join(f"{scale:g}" for scale in dict.fromkeys(scales)))
+    if params.guidance_scale is not None and "guidance_scale" not in cfg_parameters:
+        parts.append(f"embedded, scale {params.guidance_scale:g}")
+    return "; ".join(parts) or "none"
