@@ -13,3 +13,8 @@ def attention_backend() -> str | None:
 def log_level() -> str:
     """``VLLM_OMNI_LOG_LEVEL``: DEBUG, INFO, WARNING (default) or ERROR."""
     return os.environ.get("VLLM_OMNI_LOG_LEVEL", "WARNING").upper()
+
+
+def api_key() -> str | None:
+    """``VLLM_OMNI_API_KEY``: the key that clients of a server must send; the option wins over it."""
+    return os.environ.get("VLLM_OMNI_API_KEY") or None

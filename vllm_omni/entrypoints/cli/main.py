@@ -17,6 +17,7 @@ _COMMANDS = {
     "bench": ("vllm_omni.entrypoints.cli.bench", "measure how fast a model runs"),
     "compare": ("vllm_omni.entrypoints.cli.compare", "measure speed and outputs beside those of diffusers"),
     "generate": ("vllm_omni.entrypoints.cli.generate", "turn a prompt into a picture or a video"),
+    "serve": ("vllm_omni.entrypoints.cli.serve", "serve a model over HTTP, as OpenAI's clients expect it"),
 }
 
 

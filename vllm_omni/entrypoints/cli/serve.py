@@ -1,0 +1,34 @@
+"""``vllm-omni serve``: a model behind OpenAI's HTTP interface."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from vllm_omni import envs
+from vllm_omni.diffusion.data import TASKS
+from vllm_omni.entrypoints.async_omni import AsyncOmni
+from vllm_omni.entrypoints.cli.arguments import add_engine_arguments, add_field_arguments, engine_values
+from vllm_omni.entrypoints.openai.config import ServerConfig
+from vllm_omni.entrypoints.openai.run import HttpServer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    parser.add_argument(
+        "model", nargs="?", help="folder of a diffusers pipeline, or a hub id; absent: the model that ships along"
+    )
+    parser.add_argument("--task", choices=tuple(TASKS), metavar="TASK", help="what to make: %(choices)s")
+    parser.add_argument("--omni", action="store_true", help="accepted for vLLM's command line; changes nothing")
+    fields = dataclasses.fields(ServerConfig)
+    add_field_arguments(parser.add_argument_group("server"), [(ServerConfig, field) for field in fields])
+    add_engine_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load the model and serve it until SIGTERM or Ctrl-C."""
+    given = vars(arguments)
+    names = {field.name for field in dataclasses.fields(ServerConfig)}
+    config = ServerConfig(**{"api_key": envs.api_key()} | {name: given[name] for name in names & given.keys()})
+    with AsyncOmni(arguments.model, task=arguments.task, max_queue=config.max_queue, **engine_values(given)) as omni:
+        HttpServer(omni, config, arguments.model).run()

@@ -1,0 +1,44 @@
+"""The application: routes, error form, gate."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
+
+from vllm_omni.entrypoints.openai import health, images, models, requests
+from vllm_omni.entrypoints.openai.errors import install_error_handlers
+from vllm_omni.entrypoints.openai.gate import Gate
+from vllm_omni.entrypoints.openai.metrics import ServerMetrics
+from vllm_omni.entrypoints.openai.server import Server
+from vllm_omni.version import __version__
+
+_ROUTERS = (images.router, models.router, requests.router, health.router)
+
+
+def create_app(server: Server) -> ASGIApp:
+    """The ASGI application of a server."""
+    config = server.config
+    app = FastAPI(
+        title="vllm-omni",
+        version=__version__,
+        # The pages that FastAPI makes of the schema load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.server = server
+    app.state.metrics = metrics = ServerMetrics(server.omni)
+    server.omni.listeners.append(metrics.observe_round)
+    install_error_handlers(app)
+    for router in _ROUTERS:
+        app.include_router(router)
+    gate: ASGIApp = Gate(app, config, metrics.observe_response)
+    if config.allowed_origins:
+        gate = CORSMiddleware(
+            gate,
+            allow_origins=list(config.allowed_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    return gate

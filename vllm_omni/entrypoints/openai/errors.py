@@ -1,0 +1,141 @@
+"""Every error as OpenAI's clients expect it: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from vllm_omni.errors import (
+    EngineClosedError,
+    EngineFailureError,
+    GenerationError,
+    InsufficientMemoryError,
+    InvalidRequestError,
+    NonFiniteOutputError,
+    QueueFullError,
+)
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
+
+_MAX_SHOWN = 100
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """An answer that is an error."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """How an error of the engine is told. An error of ours says nothing of this machine; others go to the log alone."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, GenerationError) and error.__cause__ is not None:
+        return as_api_error(error.__cause__)
+    if isinstance(error, InvalidRequestError):
+        return ApiError(400, str(error), code="invalid_value", param=error.param)
+    if isinstance(error, QueueFullError):
+        retry_after = str(max(1, math.ceil(error.retry_after_s)))
+        return ApiError(429, str(error), code="queue_full", headers={"Retry-After": retry_after})
+    if isinstance(error, EngineClosedError):
+        return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10"})
+    if isinstance(error, InsufficientMemoryError):
+        return ApiError(500, str(error), code="insufficient_memory")
+    if isinstance(error, NonFiniteOutputError):
+        return ApiError(500, str(error), code="non_finite_output")
+    if isinstance(error, EngineFailureError):
+        return ApiError(500, "the engine failed while the request ran; send it again", code="engine_failure")
+    logger.error("a request failed inside", exc_info=error)
+    return ApiError(500, "the request failed inside the server; its log has the cause", code="internal_error")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Bring what routes and FastAPI raise into one form."""
+
+    async def tell(_: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error).response()
+
+    async def tell_validation(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError), "registered for this type"
+        return _validation_error(error).response()
+
+    async def tell_http(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException), "registered for this type"
+        return _http_error(error).response()
+
+    app.add_exception_handler(RequestValidationError, tell_validation)
+    app.add_exception_handler(HTTPException, tell_http)
+    app.add_exception_handler(Exception, tell)
+    for kind in (ApiError, InvalidRequestError, QueueFullError, EngineClosedError, GenerationError):
+        app.add_exception_handler(kind, tell)
+
+
+def validation_error(errors: list[Any]) -> ApiError:
+    """The first of pydantic's errors, as one that names its field and shows what came."""
+    first = errors[0]
+    raised = first.get("ctx", {}).get("error")
+    if isinstance(raised, InvalidRequestError):
+        return as_api_error(raised)
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json", param="body")
+    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    if not path:
+        expected = "the body must be a JSON object, sent with the header Content-Type: application/json"
+        return ApiError(400, expected, code="invalid_body", param="body")
+    param = ".".join(path)
+    if first["type"] == "missing":
+        return ApiError(400, f"{param} is missing", code="missing_required_parameter", param=param)
+    shown = repr(first.get("input"))
+    shown = shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + "..."
+    text = first["msg"][0].lower() + first["msg"][1:]
+    return ApiError(400, f"{param}={shown}: {text}", code="invalid_value", param=param)
+
+
+def _validation_error(error: RequestValidationError) -> ApiError:
+    return validation_error(list(error.errors()))
+
+
+def _http_error(error: HTTPException) -> ApiError:
+    texts = {
+        404: "there is no such path; GET /openapi.json lists what there is",
+        405: "this path does not take this method; GET /openapi.json lists what there is",
+        400: "the body cannot be read; send JSON in UTF-8 with the header Content-Type: application/json",
+    }
+    codes = {404: "unknown_path", 405: "method_not_allowed", 400: "invalid_body"}
+    code = codes.get(error.status_code, f"http_{error.status_code}")
+    param = "body" if error.status_code == 400 else None
+    return ApiError(
+        error.status_code,
+        texts.get(error.status_code, str(error.detail)),
+        code=code,
+        param=param,
+        headers=error.headers,
+    )

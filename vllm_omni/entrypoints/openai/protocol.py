@@ -1,0 +1,171 @@
+"""The fields of requests. Those of the sampler are derived from the dataclass that declares them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+
+from vllm_omni.entrypoints.openai.errors import ApiError, validation_error
+from vllm_omni.errors import InvalidRequestError, nearest_name
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+# Tensors do not travel in JSON, the form of the outputs is the server's matter, and OpenAI's name of the last is n.
+_NOT_IN_JSON = ("latents", "generator", "output_type", "num_outputs_per_prompt")
+
+
+class StrictModel(BaseModel):
+    """A body whose unknown fields are errors that suggest the nearest name, and whose values are not converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        merged = _with_extra_body(values) if "extra_body" in cls.model_fields else values
+        for name in merged:
+            if name not in cls.model_fields:
+                raise InvalidRequestError(f"unknown field {name!r}; {nearest_name(name, cls.model_fields)}", param=name)
+        return {name: value for name, value in merged.items() if value is not None}  # null is absent
+
+
+def _with_extra_body(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``extra_body`` beside the others, where OpenAI's Python client puts them by itself."""
+    merged = dict(values)
+    extra = merged.pop("extra_body", None)
+    if extra is None:
+        return merged
+    if not isinstance(extra, Mapping):
+        raise InvalidRequestError("extra_body must be a JSON object", param="extra_body")
+    for name, value in extra.items():
+        if name in merged and merged[name] != value:
+            raise InvalidRequestError(f"{name} is given twice, at the top and in extra_body; give it once", param=name)
+        merged[name] = value
+    return merged
+
+
+def _sampling_fields() -> dict[str, Any]:
+    hints = typing.get_type_hints(OmniDiffusionSamplingParams)
+    return {
+        field.name: (
+            _json_type(hints[field.name]) | None,
+            Field(default=None, description=field.metadata["help"]),
+        )
+        for field in dataclasses.fields(OmniDiffusionSamplingParams)
+        if field.name not in _NOT_IN_JSON
+    }
+
+
+def _json_type(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    return list[float] if typing.get_origin(hint) not in (None, dict) else hint
+
+
+SamplingFields: type[StrictModel] = create_model("SamplingFields", __base__=StrictModel, **_sampling_fields())
+
+
+class GenerationFields(SamplingFields):  # type: ignore[misc,valid-type]  # mypy knows no model made by create_model
+    """What every request for an output may have."""
+
+    prompt: str = Field(description="what to show")
+    model: str | None = Field(None, description="the served model; absent: the one that is served")
+    negative_prompt: str | None = Field(None, description="what to keep away from")
+    size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, or auto", examples=["512x512"])
+    priority: int = Field(0, ge=-1000, le=1000, description="a lower number is served earlier")
+    deadline_s: float | None = Field(None, gt=0, le=1e6, description="seconds from now by which it should be done")
+    user: str | None = Field(None, max_length=256, description="whom it is for; the policy 'fair' shares among users")
+    extra_body: dict[str, Any] | None = Field(None, description="further fields, as if they stood at the top")
+
+    def sampling_params(self, num_outputs: int | None) -> OmniDiffusionSamplingParams:
+        """Raises ``InvalidRequestError`` that names the field."""
+        given = {name: getattr(self, name) for name in SamplingFields.model_fields}
+        given = {name: value for name, value in given.items() if value is not None}
+        if self.size not in (None, "auto"):
+            given |= self._size(given)
+        return OmniDiffusionSamplingParams(**given, num_outputs_per_prompt=num_outputs)
+
+    def _size(self, given: Mapping[str, Any]) -> dict[str, int]:
+        width, separator, height = str(self.size).partition("x")
+        if not (separator and width.isdecimal() and height.isdecimal() and len(str(self.size)) <= 11):
+            raise InvalidRequestError(f"size={self.size!r} must read WIDTHxHEIGHT, as in 1024x768", param="size")
+        for name in ("width", "height"):
+            if name in given:
+                raise InvalidRequestError(f"size and {name} exclude each other; give one of them", param=name)
+        return {"width": int(width), "height": int(height)}
+
+
+class PictureFields(GenerationFields):
+    """What a request for pictures may have."""
+
+    n: int | None = Field(None, ge=1, le=16, description="number of pictures; picture i uses seed + i")
+    response_format: Literal["b64_json", "url"] = Field("b64_json", description="pictures in the answer, or addresses")
+    output_format: ImageFormat = Field("png", description="file format of the pictures")
+    output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp; 100 is the best")
+    background: Literal["auto", "opaque"] = Field(
+        "auto", description="auto: as the model makes it; opaque: transparency is laid on white"
+    )
+    quality: Literal["auto"] = Field("auto", description="use num_inference_steps to choose")
+    moderation: Literal["auto"] = Field("auto", description="there is none")
+    safety_identifier: str | None = Field(None, max_length=256, description="as user")
+    stream: bool = Field(False, description="server-sent events, with partial pictures on the way")
+    partial_images: int = Field(0, ge=0, le=3, description="with stream: number of partial pictures")
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> PictureFields:
+        if self.partial_images and not self.stream:
+            raise InvalidRequestError("partial_images needs stream=true", param="partial_images")
+        if self.output_compression is not None and self.output_format == "png":
+            raise InvalidRequestError(
+                "output_compression has no effect on png, which loses nothing; use jpeg or webp, or leave it out",
+                param="output_compression",
+            )
+        if self.response_format == "url" and self.stream:
+            raise InvalidRequestError("a stream holds its pictures; leave response_format out", param="response_format")
+        return self
+
+    @property
+    def client(self) -> str:
+        """Whom it is for, empty if nobody is named."""
+        return self.safety_identifier or self.user or ""
+
+
+_Model = typing.TypeVar("_Model", bound=StrictModel)
+
+
+def from_form(model: type[_Model], fields: Iterable[tuple[str, str]]) -> _Model:
+    """A body that came as a form: fields that are no texts hold JSON. Raises ``ApiError`` that names the field."""
+    values: dict[str, Any] = {}
+    for name, text in fields:
+        if name in values:
+            raise ApiError(400, f"{name} is given twice; give it once", code="invalid_value", param=name)
+        field = model.model_fields.get(name)
+        values[name] = text if field is None or _is_text(field.annotation) else _parsed(text)
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise validation_error(list(error.errors())) from error
+
+
+def _is_text(annotation: Any) -> bool:
+    """Whether a field's values are texts: ``str``, ``Literal["a", "b"]``, or one of them with None."""
+    parts = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else None
+    if parts is not None:
+        return any(_is_text(part) for part in parts)
+    return annotation is str or typing.get_origin(annotation) is Literal
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text  # the field's own check tells what it must be

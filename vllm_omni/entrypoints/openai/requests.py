@@ -1,0 +1,116 @@
+"""``/v1/requests``: what is in hand, how far it is, and how to end it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from vllm_omni.entrypoints.live_requests import LiveRequest, RequestEvent, Watcher
+from vllm_omni.entrypoints.openai.errors import ApiError, as_api_error
+from vllm_omni.entrypoints.openai.media import data_url, encode_preview
+from vllm_omni.entrypoints.openai.server import EventStream, Server, server_of, sse
+from vllm_omni.outputs import StepProgress
+
+router = APIRouter(prefix="/v1/requests", tags=["requests"])
+
+_SECONDS_BETWEEN_PREVIEWS = 0.25
+_SECONDS_BETWEEN_SIGNS_OF_LIFE = 15.0
+
+
+@router.get("")
+async def list_requests(request: Request) -> dict[str, Any]:
+    """Requests in progress, and the last finished ones, in the order in which they came."""
+    server = server_of(request)
+    return {"object": "list", "data": [describe(server, live) for live in server.omni.live.all()]}
+
+
+@router.get("/{request_id}")
+async def retrieve_request(request_id: str, request: Request) -> dict[str, Any]:
+    """One request by its id."""
+    server = server_of(request)
+    return describe(server, _found(server, request_id))
+
+
+@router.get("/{request_id}/events")
+async def watch_request(request_id: str, request: Request, preview: bool = True) -> Response:
+    """Progress and previews of a request as server-sent events, until it ends."""
+    server = server_of(request)
+    live = _found(server, request_id)
+    watcher = Watcher(previews=_Paced() if preview else frozenset())
+    is_watched = server.omni.live.watch(request_id, watcher)
+    events = _events(server, live, watcher if is_watched else None)
+    return EventStream(events, on_end=lambda: server.omni.live.unwatch(request_id, watcher))
+
+
+@router.delete("/{request_id}")
+async def cancel_request(request_id: str, request: Request) -> dict[str, Any]:
+    """End a request before its next step. It is told as it is then; its own client hears of it in its answer."""
+    server = server_of(request)
+    live = _found(server, request_id)
+    if not server.omni.abort(request_id):
+        raise ApiError(409, f"{request_id} has ended ({live.state})", code="request_finished", param="request_id")
+    return {"id": request_id, "object": "request.cancelled", "cancelled": True}
+
+
+def describe(server: Server, live: LiveRequest) -> dict[str, Any]:
+    """A request without its outputs."""
+    return {
+        "id": live.request_id,
+        "object": "request",
+        "kind": live.kind,
+        "state": live.state,
+        "prompt": live.prompt,
+        "size": None if live.width is None else f"{live.width}x{live.height}",
+        "num_frames": live.num_frames,
+        "step": live.step,
+        "num_steps": live.num_steps,
+        "progress": live.step / live.num_steps,
+        "eta_s": server.omni.engine.eta_s(live.request_id),
+        "priority": live.priority,
+        "created_at": live.created,
+        "finished_at": live.finished,
+        "error": None if live.error is None else as_api_error(live.error).body()["error"],
+    }
+
+
+class _Paced:
+    """A preview now and then, however fast the steps are."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def __call__(self, step: int, num_steps: int) -> bool:
+        now = time.monotonic()
+        if now - self._last < _SECONDS_BETWEEN_PREVIEWS:
+            return False
+        self._last = now
+        return True
+
+
+async def _events(server: Server, live: LiveRequest, watcher: Watcher | None) -> AsyncIterator[str]:
+    """``progress`` after steps, and a last event named by how the request ended."""
+    yield sse(describe(server, live), "progress")
+    while watcher is not None and not live.is_finished:
+        try:
+            event: RequestEvent = await asyncio.wait_for(watcher.get(), _SECONDS_BETWEEN_SIGNS_OF_LIFE)
+        except asyncio.TimeoutError:
+            yield ": still here\n\n"
+            continue
+        if isinstance(event, StepProgress):
+            content = describe(server, live)
+            if event.preview is not None:
+                file = await asyncio.to_thread(encode_preview, event.preview[0], None, "jpeg")
+                content["preview"] = data_url(file, "jpeg")
+            yield sse(content, "progress")
+    yield sse(describe(server, live), live.state)
+
+
+def _found(server: Server, request_id: str) -> LiveRequest:
+    live = server.omni.live.find(request_id)
+    if live is None:
+        raise ApiError(404, f"there is no request {request_id!r}", code="request_not_found", param="request_id")
+    return live

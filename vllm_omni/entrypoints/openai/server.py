@@ -1,0 +1,140 @@
+"""What the routes share: the engine, the server's configuration, and how an answer describes itself."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from vllm_omni.entrypoints.async_omni import AsyncOmni
+from vllm_omni.entrypoints.openai.config import ServerConfig
+from vllm_omni.entrypoints.openai.errors import ApiError
+from vllm_omni.entrypoints.openai.protocol import GenerationFields
+from vllm_omni.logger import init_logger
+from vllm_omni.outputs import OmniRequestOutput
+
+logger = init_logger(__name__)
+
+_T = TypeVar("_T")
+
+
+@dataclass(kw_only=True)
+class Server:
+    """One model that is served. Routes get it by :func:`server_of`."""
+
+    omni: AsyncOmni
+    config: ServerConfig
+    model_name: str
+    started: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
+    is_draining: bool = False
+
+    def check_accepts(self) -> None:
+        """Raises ``ApiError`` while the server shuts down."""
+        if self.is_draining:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10"})
+
+    def check_model(self, model: str | None) -> None:
+        """Raises ``ApiError`` for a model that is not served."""
+        if model is not None and model != self.model_name:
+            raise ApiError(
+                404,
+                f"model={model!r} is not served here; this server has {self.model_name!r}",
+                code="model_not_found",
+                param="model",
+            )
+
+    def check_kind(self, kind: str, other: str) -> None:
+        """Raises ``ApiError`` if the model does not make ``kind``; ``other`` is the path for what it makes."""
+        made = self.omni.output_kind
+        if made != kind:
+            raise ApiError(
+                400,
+                f"the model {self.model_name!r} makes a {made}, no {kind}; use {other}",
+                code="unsupported_model",
+                param="model",
+            )
+
+    def receipt(self, output: OmniRequestOutput) -> dict[str, Any]:
+        """What really ran, and the seconds of each stage. The model goes by its name here, not by its folder."""
+        assert output.receipt is not None, "a finished request has a receipt"
+        return {
+            "id": output.request_id,
+            "receipt": {**dataclasses.asdict(output.receipt), "model": self.model_name},
+            "timings": dataclasses.asdict(output.metrics),
+        }
+
+
+def server_of(request: Request) -> Server:
+    """The server that a request came to."""
+    server: Server = request.app.state.server
+    return server
+
+
+def served_name(model: str | None, config: ServerConfig, folder: str) -> str:
+    """The model's name in the API: never a path of this machine."""
+    if config.served_model_name is not None:
+        return config.served_model_name
+    return Path(folder).name if model is None or Path(model).exists() else model
+
+
+def given_request_id(request: Request) -> str | None:
+    """The id that the client chose in X-Request-Id, else the one that was made for it."""
+    request_id: str = request.state.request_id
+    return request_id
+
+
+def placing_of(request: Request, body: GenerationFields) -> dict[str, Any]:
+    """Keywords of ``AsyncOmni.submit`` by which a request takes its place in the queue."""
+    return {"request_id": given_request_id(request)}
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of ``work``, which is cancelled if the client goes away. The body must have been read."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ApiError(499, "the client went away", code="client_disconnected")
+    finally:
+        leaving.cancel()
+        working.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. ``on_end`` runs however the answer ends, even if it never began."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[str], on_end: Callable[[], object]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except OSError as error:
+            logger.info("a stream ended early: %s", error)
+        finally:
+            self._on_end()
+
+
+def sse(content: dict[str, Any], name: str | None = None) -> str:
+    """One server-sent event."""
+    line = f"data: {json.dumps(content)}\n\n"
+    return line if name is None else f"event: {name}\n{line}"
