@@ -138,6 +138,15 @@ class OmniDiffusionConfig:
     )
     max_batch_size: int = _option(16, "most pictures that share one forward of the transformer")
     max_num_seqs: int = _option(64, "most requests that are in progress at once")
+    scheduling_policy: Literal["shortest", "fair", "fcfs"] | None = _option(
+        None,
+        "who takes the next step: shortest remaining work first with ageing, equal time for each user, or first come;"
+        " absent: shortest in a server, else fcfs",
+        choices=("shortest", "fair", "fcfs"),
+    )
+    memory_budget_mb: int | None = _option(
+        None, "most megabytes of the device for requests in progress; absent: nine tenths of what the model leaves free"
+    )
     quantization: Literal["fp8"] | None = _option(
         None, "fp8: the transformer's large linear layers in 8 bits, weights and activations", choices=("fp8",)
     )

@@ -84,6 +84,14 @@ class DenoiseState:
         return self.latents.shape[0]
 
     @property
+    def num_bytes(self) -> int:
+        """Of its tensors, but for what a step cache remembers."""
+        conditions = [value for given in (*self.branches, *self.step_conditions) for value in given.values()]
+        tensors = [self.latents, *self.history.values(), *conditions]
+        by_id = {id(tensor): tensor for tensor in tensors if isinstance(tensor, torch.Tensor)}
+        return sum(tensor.numel() * tensor.element_size() for tensor in by_id.values())
+
+    @property
     def is_done(self) -> bool:
         return self.step_index >= self.num_steps
 

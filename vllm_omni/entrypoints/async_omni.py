@@ -52,7 +52,7 @@ class AsyncOmni:
         self.od_config = configure(choose_model(model, task), options)
         if task is not None:
             check_task(task, self.od_config)
-        self.engine = Engine(self.od_config, on_load_progress, self.live.needs_preview)
+        self.engine = Engine(self.od_config, on_load_progress, self.live.needs_preview, is_online=True)
         self.listeners: list[Callable[[EngineRound], object]] = []  # the engine's thread tells them of each round
         self._max_queue = max_queue
         self._closed = False
@@ -113,10 +113,14 @@ class AsyncOmni:
         watcher: Watcher | None = None,
         request_id: str | None = None,
         kind: str | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        client: str = "",
     ) -> str:
         """Queue a request and return its id. It runs whether or not someone watches.
 
-        ``request_id`` must not be in use; one is made if it is absent. Raises ``InvalidRequestError``,
+        ``request_id`` must not be in use; one is made if it is absent. ``kind`` is shown to who looks at the queue.
+        The others are those of :meth:`Engine.add_request`. Raises ``InvalidRequestError``,
         ``QueueFullError`` or ``EngineClosedError``.
         """
         params = OmniDiffusionSamplingParams() if sampling_params is None else sampling_params
@@ -129,8 +133,10 @@ class AsyncOmni:
                 self._check_unused(request_id)
                 request.request_id = request_id
             self._check_queue()
-            self.live.add(_live_request(request, kind or self.output_kind), watcher)
-            self.engine.add_request(request)
+            live = _live_request(request, kind or self.output_kind)
+            live.priority = priority
+            self.live.add(live, watcher)
+            self.engine.add_request(request, priority=priority, deadline_s=deadline_s, client=client)
             self._wake.notify()
         return request.request_id
 
@@ -141,6 +147,14 @@ class AsyncOmni:
             with self._wake:
                 self._wake.notify()
         return aborted
+
+    def set_priority(self, request_id: str, priority: int) -> bool:
+        """Change the priority of a request. False if it is not in progress."""
+        changed = self.engine.set_priority(request_id, priority)
+        live = self.live.find(request_id)
+        if changed and live is not None:
+            live.priority = priority
+        return changed
 
     @property
     def output_kind(self) -> Literal["image", "video"]:

@@ -37,6 +37,11 @@ class CudaPlatform:
     def reset_peak_memory(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)
 
+    def watch_memory(self) -> Callable[[], int]:
+        before = torch.cuda.memory_allocated(self.device)
+        self.reset_peak_memory()
+        return lambda: self.peak_memory() - before
+
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
 

@@ -38,6 +38,13 @@ class Platform(Protocol):
 
     def reset_peak_memory(self) -> None: ...
 
+    def watch_memory(self) -> Callable[[], int]:
+        """Begin to watch; calling the result gives the most memory held since then, above what was held then.
+
+        It starts ``peak_memory`` anew.
+        """
+        ...
+
     def synchronize(self) -> None:
         """Wait until all work that was queued on the device is done."""
         ...

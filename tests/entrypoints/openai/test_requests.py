@@ -52,13 +52,16 @@ def test_a_request_is_listed_with_its_progress_and_can_be_cancelled(server, in_b
     assert (described["size"], described["num_steps"], described["kind"]) == ("64x64", 5000, "image")
     assert described["eta_s"] > 0
     assert "listed" in [entry["id"] for entry in server.call("GET", "/v1/requests")[2]["data"]]
+    assert server.call("POST", "/v1/requests/listed/priority", {"priority": -5})[2]["priority"] == -5
+    assert server.call("POST", "/v1/requests/listed/priority", {"priority": "x"})[2]["error"]["param"] == "priority"
     assert server.call("DELETE", "/v1/requests/listed")[2]["cancelled"]
     server.wait_until(lambda: "listed" in answers)
     status, headers, answer = answers["listed"]
     assert (status, answer["error"]["code"], headers["X-Request-Id"]) == (409, "cancelled", "listed")
     assert server.state_of("listed") == "aborted"
-    status, _, answer = server.call("DELETE", "/v1/requests/listed")
-    assert (status, answer["error"]["code"]) == (409, "request_finished")
+    for method, path, body in (("DELETE", "", None), ("POST", "/priority", {"priority": 1})):
+        status, _, answer = server.call(method, f"/v1/requests/listed{path}", body)
+        assert (status, answer["error"]["code"]) == (409, "request_finished")
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", ""), ("DELETE", ""), ("GET", "/events")])

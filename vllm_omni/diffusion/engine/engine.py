@@ -11,6 +11,7 @@ from typing import Any, Literal
 from vllm_omni.diffusion.data import OmniDiffusionConfig, SameAs
 from vllm_omni.diffusion.engine.admission import admit, read_sampling_defaults
 from vllm_omni.diffusion.engine.executor import Executor, InProcessExecutor
+from vllm_omni.diffusion.engine.memory_budget import MemoryBudget
 from vllm_omni.diffusion.engine.results import PostProcess, Receipts
 from vllm_omni.diffusion.engine.scheduler import ScheduledRequest, Scheduler
 from vllm_omni.diffusion.latent_preview import LatentPreview
@@ -19,7 +20,7 @@ from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerOutput
 from vllm_omni.diffusion.worker.model_runner import is_stepped
-from vllm_omni.errors import EngineClosedError, EngineFailureError, first_line
+from vllm_omni.errors import EngineClosedError, EngineFailureError, InvalidRequestError, first_line
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.logger import init_logger
 from vllm_omni.outputs import FinishReason, OmniRequestOutput, RequestMetrics, StepProgress
@@ -52,7 +53,8 @@ class EngineRound:
 class Engine:
     """Serves one model. One thread calls :meth:`step`; requests come and are aborted from any thread.
 
-    ``needs_preview`` is asked before each step of a request, by a server whose clients may watch.
+    ``needs_preview`` is asked before each step of a request, by a server whose clients may watch. An engine that
+    ``is_online`` learns how to batch, and serves the shortest request first unless the configuration says otherwise.
     """
 
     def __init__(
@@ -60,6 +62,8 @@ class Engine:
         od_config: OmniDiffusionConfig,
         on_load_progress: LoadProgress | None = None,
         needs_preview: NeedsPreview | None = None,
+        *,
+        is_online: bool = False,
     ) -> None:
         self.od_config = od_config
         model = resolve_diffusion_model(od_config.model_class_name)
@@ -69,9 +73,10 @@ class Engine:
         self._checkpoint_defaults = read_sampling_defaults(od_config)
         self._pre_process = _built(model.get_pre_process_func, od_config)
         self._post_process = PostProcess(_built(model.get_post_process_func, od_config))
-        self._scheduler = Scheduler(od_config.max_num_seqs)
+        limit = None if od_config.memory_budget_mb is None else od_config.memory_budget_mb * 2**20
+        policy = od_config.scheduling_policy or ("shortest" if is_online else "fcfs")
+        self._scheduler = Scheduler(od_config.max_num_seqs, policy, MemoryBudget(limit), measured_batches=is_online)
         self._tracked: dict[str, _Tracked] = {}
-        self._step_s = 0.0  # seconds of a step of one request, the last round's
         self._executor: Executor | None = InProcessExecutor(od_config, on_load_progress)
         self.has_previews = self._is_stepped and LatentPreview.load(od_config.model) is not None
         self._needs_preview = needs_preview if self.has_previews else None
@@ -104,13 +109,14 @@ class Engine:
 
     def eta_s(self, request_id: str) -> float | None:
         """Estimated seconds until a request is done, None if it is not in progress."""
-        left = self._scheduler.num_steps_left_of(request_id)
-        return None if left is None else left * self._step_s * max(1, self._scheduler.num_running)
+        return self._scheduler.seconds_left(request_id)
 
     @property
     def seconds_of_work(self) -> float:
         """Estimated seconds until every request in hand is done."""
-        return self._scheduler.num_steps_left * self._step_s
+        seconds = self._scheduler.seconds_left()
+        assert seconds is not None, "only one request may be not in progress"
+        return seconds
 
     @property
     def output_kind(self) -> Literal["image", "video"]:
@@ -123,15 +129,27 @@ class Engine:
             raise EngineClosedError("the engine is closed; create a new one")
         request = admit(prompt, params, self._spec, self._checkpoint_defaults, self._pre_process)
         self._post_process.check(request)
+        self._check_fits(request)
         return request
 
-    def add_request(self, request: OmniDiffusionRequest) -> str:
-        """Queue a request that :meth:`validate` returned. Returns its id."""
-        num_steps = request.sampling_params.num_inference_steps if self._is_stepped else 1
-        assert num_steps is not None, "admission resolves num_inference_steps"
+    def add_request(
+        self, request: OmniDiffusionRequest, *, priority: int = 0, deadline_s: float | None = None, client: str = ""
+    ) -> str:
+        """Queue a request that :meth:`validate` returned. Returns its id.
+
+        A lower ``priority`` is served earlier. ``deadline_s`` is when it should be done, in seconds from now: close to
+        it the request goes before others. ``client`` is for whom it is: the policy ``fair`` shares among them.
+        """
+        scheduled = self._scheduled(request)
+        scheduled.priority, scheduled.client = priority, client
+        scheduled.deadline = None if deadline_s is None else time.monotonic() + deadline_s
         self._tracked[request.request_id] = _Tracked(request=request, admitted=time.perf_counter())
-        self._scheduler.add(ScheduledRequest(request=request, num_steps=num_steps))
+        self._scheduler.add(scheduled)
         return request.request_id
+
+    def set_priority(self, request_id: str, priority: int) -> bool:
+        """Change the priority of a request. False if it is not in progress."""
+        return self._scheduler.set_priority(request_id, priority)
 
     def abort(self, request_id: str) -> bool:
         """End a request before its next step. False if it is not in progress."""
@@ -162,8 +180,6 @@ class Engine:
             self.discard_all()
             raise
         seconds = time.perf_counter() - started
-        if command.step:
-            self._step_s = seconds / len(command.step)
         self._receipts.update(result)
         progress = []
         for scheduled in self._scheduler.update(command, result):
@@ -185,8 +201,33 @@ class Engine:
         needs = self._needs_preview
         if needs is None:
             return command
-        next_steps = {key: self._scheduler.next_step(key) for key in command.step}
-        return dataclasses.replace(command, preview=tuple(key for key, step in next_steps.items() if needs(key, *step)))
+        stepping = [(key, self._scheduler.find(key)) for key in command.step]
+        shown = [key for key, item in stepping if item is not None and needs(key, item.step + 1, item.num_steps)]
+        return dataclasses.replace(command, preview=tuple(shown))
+
+    def _scheduled(self, request: OmniDiffusionRequest) -> ScheduledRequest:
+        params = request.sampling_params
+        num_steps = params.num_inference_steps if self._is_stepped else 1
+        assert num_steps is not None, "admission resolves num_inference_steps"
+        names = ("true_cfg_scale",) if self._spec is None else self._spec.cfg_parameters
+        is_guided = any((getattr(params, name) or 0) > 1 for name in names)
+        return ScheduledRequest(
+            request=request,
+            num_steps=num_steps,
+            num_rows=request.num_outputs * (1 + is_guided),
+            can_share=self._is_stepped,
+        )
+
+    def _check_fits(self, request: OmniDiffusionRequest) -> None:
+        """Raises ``InvalidRequestError`` for one that needs more memory than there is even if it runs alone."""
+        shortage = self._scheduler.shortage(self._scheduled(request))
+        if shortage is not None:
+            needed, available = (num_bytes / 2**20 for num_bytes in shortage)
+            raise InvalidRequestError(
+                f"the request needs about {needed:,.0f} MB, by what others of its kind took, and the device has"
+                f" {available:,.0f} MB for requests; ask for a smaller size or fewer outputs",
+                param="height",
+            )
 
     def _fail_running(self, cause: Exception) -> list[OmniRequestOutput]:
         """The results of the requests that a failure of the workers took along. Those that wait go on."""

@@ -1,37 +1,55 @@
 """Which requests take the next denoising step.
 
-First come, first served: up to ``max_num_seqs`` requests are in progress, and all of them advance in every round.
-Requests join and leave between any two steps.
+Each round has one piece of work. A request whose steps are done is decoded. Otherwise the policy ranks all requests,
+those that wait and those in progress alike; the first that may run leads, and as many of the same shape join it as
+raise the throughput. So requests join and leave between any two steps, and one that was begun does not keep a shorter
+one waiting for longer than a step. A waiting request begins when its first step is due, so it holds memory only then.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections import deque
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable
 
-from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.diffusion.engine.memory_budget import MemoryBudget, output_volume
+from vllm_omni.diffusion.engine.policies import Moment, ScheduledRequest, rank
+from vllm_omni.diffusion.engine.step_costs import StepCosts
 from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerResult
 
+__all__ = ["ScheduledRequest", "Scheduler"]
 
-@dataclass(kw_only=True)
-class ScheduledRequest:
-    """A request and how far it is. ``num_steps`` is 1 for a pipeline that runs in one piece."""
 
-    request: OmniDiffusionRequest
-    num_steps: int
-    step: int = 0
+_SECONDS_OF_A_RANKING = 0.02
 
 
 class Scheduler:
-    """Keeps waiting and running requests in order. ``abort`` may be called from any thread, the rest from one."""
+    """Keeps waiting and running requests. One thread calls ``schedule`` and ``update``, any thread the rest.
 
-    def __init__(self, max_num_seqs: int) -> None:
+    Without ``measured_batches`` a batch is as large as it may be, so that equal calls compute the same to the last bit.
+    """
+
+    def __init__(
+        self,
+        max_num_seqs: int,
+        policy: str = "shortest",
+        budget: MemoryBudget | None = None,
+        *,
+        measured_batches: bool = True,
+    ) -> None:
         self._max_num_seqs = max_num_seqs
-        self._waiting: deque[ScheduledRequest] = deque()
+        self._policy = policy
+        self._budget = MemoryBudget() if budget is None else budget
+        self._costs = StepCosts()
+        self._measured_batches = measured_batches
+        self._waiting: dict[str, ScheduledRequest] = {}
         self._running: dict[str, ScheduledRequest] = {}
+        self._served_clients: dict[str, float] = {}
         self._aborted: set[str] = set()
         self._lost: list[str] = []  # failed, while workers may still hold their states
+        self._ranking: list[ScheduledRequest] | None = None  # None after requests came or left
+        self._ranked_at = 0.0
         self._lock = threading.Lock()
 
     @property
@@ -46,94 +64,205 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
-    def num_steps_left_of(self, request_id: str) -> int | None:
-        with self._lock:
-            for item in (*self._running.values(), *self._waiting):
-                if item.request.request_id == request_id:
-                    return item.num_steps - item.step
-        return None
-
-    @property
-    def num_steps_left(self) -> int:
-        """Of all requests together."""
-        with self._lock:
-            return sum(item.num_steps - item.step for item in (*self._waiting, *self._running.values()))
-
     def add(self, scheduled: ScheduledRequest) -> None:
         with self._lock:
-            self._waiting.append(scheduled)
+            scheduled.arrived = time.monotonic()
+            if scheduled.client:
+                # A newcomer starts even with the least served, not with all the time that it was not there.
+                active = [self._served_clients[item.client] for item in self._all() if item.client]
+                self._served_clients.setdefault(scheduled.client, min(active, default=0.0))
+            self._waiting[scheduled.request_id] = scheduled
+            self._ranking = None
+
+    def set_priority(self, request_id: str, priority: int) -> bool:
+        """Change a request's priority. False if it is not in progress."""
+        with self._lock:
+            found = self._running.get(request_id) or self._waiting.get(request_id)
+            if found is not None:
+                found.priority, self._ranking = priority, None
+            return found is not None
 
     def abort(self, request_id: str) -> bool:
         """End a request before its next step. False if it is not in progress."""
         with self._lock:
-            known = request_id in self._running or any(
-                scheduled.request.request_id == request_id for scheduled in self._waiting
-            )
+            known = request_id in self._running or request_id in self._waiting
             if known:
                 self._aborted.add(request_id)
             return known
+
+    def find(self, request_id: str) -> ScheduledRequest | None:
+        with self._lock:
+            return self._running.get(request_id) or self._waiting.get(request_id)
+
+    def shortage(self, scheduled: ScheduledRequest) -> tuple[float, float] | None:
+        """Needed and available bytes of a request that does not fit even alone."""
+        return self._budget.shortage(scheduled)
+
+    def seconds_left(self, request_id: str | None = None) -> float | None:
+        """Estimated seconds until a request is done, or until all are; None for one that is not in progress."""
+        with self._lock:
+            if request_id is not None and request_id not in self._running and request_id not in self._waiting:
+                return None
+            total, ranked = 0.0, self._ranked()
+            for item in ranked:
+                total += item.num_steps_left * item.num_rows * self._shared_row_seconds(item, ranked)
+                if item.request_id == request_id:
+                    return total
+            return total if request_id is None else None
 
     def schedule(self, max_batch_size: int) -> tuple[WorkerCommand, list[ScheduledRequest]]:
         """The next round of work, and the requests that were aborted since the last one."""
         with self._lock:
             aborted, release = self._take_aborted()
-            admitted = []
-            while self._waiting and len(self._running) < self._max_num_seqs:
-                scheduled = self._waiting.popleft()
-                self._running[scheduled.request.request_id] = scheduled
-                admitted.append(scheduled.request)
-            decode = [key for key, scheduled in self._running.items() if scheduled.step == scheduled.num_steps]
-            step = [key for key, scheduled in self._running.items() if scheduled.step < scheduled.num_steps]
+            # One at a time, and before any step: its client need not wait for a step of others.
+            done = [key for key, item in self._running.items() if not item.num_steps_left][:1]
+            group = [] if done else self._next_group(max_batch_size)
+            begun = [item for item in group if item.request_id in self._waiting]
+            for item in begun:
+                self._running[item.request_id] = self._waiting.pop(item.request_id)
         command = WorkerCommand(
             release=tuple(release),
-            prepare=tuple(admitted),
-            decode=tuple(decode),
-            step=tuple(step),
+            prepare=tuple(item.request for item in begun),
+            decode=tuple(done),
+            step=tuple(item.request_id for item in group),
             max_batch_size=max_batch_size,
+            measure=self._should_measure(group, done),
         )
         return command, aborted
 
     def update(self, command: WorkerCommand, result: WorkerResult) -> list[ScheduledRequest]:
         """Take in what became of a round. Returns the requests that advanced by a step."""
         with self._lock:
+            taking_part = {key: self._running[key] for key in (*command.step, *command.decode)}
             for request_id in (*result.finished, *result.errors):
                 del self._running[request_id]
                 self._aborted.discard(request_id)
             advanced = [self._running[key] for key in command.step if key in self._running]
-            for scheduled in advanced:
-                scheduled.step += 1
+            if advanced and result.step_s is not None:
+                self._account([taking_part[key] for key in command.step], result.step_s)
+            for item in advanced:
+                item.step += 1
+            if result.memory is not None:
+                self._learn_memory(command, result, taking_part)
+            if result.finished or result.errors:
+                self._ranking = None
+            if not self._running and not self._waiting:
+                self._served_clients.clear()
         return advanced
-
-    def next_step(self, request_id: str) -> tuple[int, int]:
-        """The step that a running request takes next, and the number of its steps."""
-        scheduled = self._running[request_id]
-        return scheduled.step + 1, scheduled.num_steps
 
     def fail_running(self) -> list[ScheduledRequest]:
         """Take out the requests that workers hold, after a failure of the workers. Those that wait stay."""
         with self._lock:
             failed = list(self._running.values())
             self._lost += self._running
+            self._aborted -= self._running.keys()
             self._running.clear()
+            self._ranking = None
             return failed
 
     def clear(self) -> list[str]:
         """Forget everything, after a failure that no request caused. Returns the ids of all that was in hand."""
         with self._lock:
-            cleared = [scheduled.request.request_id for scheduled in self._waiting] + list(self._running)
+            cleared = [*self._waiting, *self._running]
             self._waiting.clear()
             self._running.clear()
             self._aborted.clear()
+            self._ranking = None
             return cleared
+
+    def _all(self) -> list[ScheduledRequest]:
+        return [*self._running.values(), *self._waiting.values()]
+
+    def _ranked(self) -> list[ScheduledRequest]:
+        """All requests in the order of the policy, which is kept for a moment: steps may be short and queues long."""
+        now = time.monotonic()
+        if self._ranking is None or now - self._ranked_at > _SECONDS_OF_A_RANKING:
+            step_seconds = functools.lru_cache(None)(self._costs.step_seconds)
+            moment = Moment(
+                now=now,
+                step_seconds=lambda item: step_seconds(item.shape, item.volume, item.num_rows),
+                served_clients=self._served_clients,
+            )
+            self._ranking = sorted(self._all(), key=lambda item: rank(self._policy, item, moment))
+            self._ranked_at = now
+        return self._ranking
+
+    def _shared_row_seconds(self, item: ScheduledRequest, others: Iterable[ScheduledRequest]) -> float:
+        alike = sum(other.num_rows for other in others if other.shape == item.shape)
+        return self._costs.row_seconds(item.shape, item.volume, alike)
+
+    def _next_group(self, max_batch_size: int) -> list[ScheduledRequest]:
+        """The requests that step together: the first of the ranking that may run, and others that share its step."""
+        ranked = self._ranked()
+        leader: ScheduledRequest | None = None
+        group: list[ScheduledRequest] = []
+        num_rows = limit = 0
+        may_begin = True
+        for item in ranked:
+            if leader is not None and (item.shape != leader.shape or not item.can_share or not leader.can_share):
+                continue
+            if leader is not None and num_rows + item.num_rows > limit:
+                continue
+            if item.request_id in self._waiting:
+                # One that cannot begin keeps those behind it from beginning, so that its turn comes.
+                may_begin = may_begin and self._has_room(group, item)
+                if not may_begin:
+                    continue
+            if leader is None:
+                leader = item
+                limit = self._rows_together(leader, ranked, max_batch_size)
+            group.append(item)
+            num_rows += item.num_rows
+        return group
+
+    def _has_room(self, group: list[ScheduledRequest], item: ScheduledRequest) -> bool:
+        running = [*self._running.values(), *(other for other in group if other.request_id in self._waiting)]
+        return not running or (len(running) < self._max_num_seqs and self._budget.fits(running, item))
+
+    def _rows_together(self, leader: ScheduledRequest, ranked: list[ScheduledRequest], max_batch_size: int) -> int:
+        if not leader.can_share:
+            return leader.num_rows
+        there = sum(item.num_rows for item in ranked if item.shape == leader.shape and item.can_share)
+        most = max(leader.num_rows, min(there, max_batch_size))
+        best = most
+        if self._measured_batches:
+            best = self._costs.best_rows(leader.shape, leader.volume, leader.num_rows, most)
+        return self._budget.rows_that_fit(self._running.values(), leader, best)
+
+    def _should_measure(self, group: list[ScheduledRequest], done: list[str]) -> bool:
+        """Measuring costs a little, so each kind of work is measured a few times."""
+        if group:
+            return self._costs.is_new(group[0].shape, sum(item.num_rows for item in group))
+        return any(not self._budget.is_measured("decode", output_volume(self._running[key])) for key in done)
+
+    def _account(self, group: list[ScheduledRequest], seconds: float) -> None:
+        num_rows = sum(item.num_rows for item in group)
+        self._costs.observe(group[0].shape, group[0].volume, num_rows, seconds)
+        for item in group:
+            item.served_s += seconds
+            if item.client:
+                self._served_clients[item.client] += seconds * item.num_rows / num_rows
+
+    def _learn_memory(
+        self, command: WorkerCommand, result: WorkerResult, taking_part: dict[str, ScheduledRequest]
+    ) -> None:
+        memory = result.memory
+        assert memory is not None, "the caller looked"
+        for request_id, num_bytes in memory.state_bytes.items():
+            self._budget.observe("state", output_volume(taking_part[request_id]), num_bytes)
+        if command.step:
+            volume = sum(taking_part[key].volume * taking_part[key].num_rows for key in command.step)
+            self._budget.observe("step", volume, memory.peak_bytes)
+        for key in command.decode:
+            self._budget.observe("decode", output_volume(taking_part[key]), memory.peak_bytes)
+        self._budget.observe_free(memory.free_bytes, self._running.values())
 
     def _take_aborted(self) -> tuple[list[ScheduledRequest], list[str]]:
         """Aborted requests, and the ids of those that workers may hold a state of."""
-        lost, self._lost = self._lost, []
-        if not self._aborted:
-            return [], lost
-        waiting = [scheduled for scheduled in self._waiting if scheduled.request.request_id in self._aborted]
-        self._waiting = deque(scheduled for scheduled in self._waiting if scheduled not in waiting)
-        release = [key for key in self._running if key in self._aborted]
-        running = [self._running.pop(key) for key in release]
+        release, self._lost = self._lost, []
+        release += [key for key in self._running if key in self._aborted]
+        if self._aborted:
+            self._ranking = None
+        aborted = [(self._running if key in self._running else self._waiting).pop(key) for key in self._aborted]
         self._aborted.clear()
-        return waiting + running, lost + release
+        return aborted, release

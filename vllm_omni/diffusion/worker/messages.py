@@ -19,6 +19,7 @@ class WorkerCommand:
     step: tuple[str, ...] = ()
     preview: tuple[str, ...] = ()  # of those that take a step: show what they will become
     max_batch_size: int = 1  # rows of one forward
+    measure: bool = False  # how long the step takes and what memory the round needs, at the price of a pause
 
     @property
     def is_empty(self) -> bool:
@@ -44,6 +45,15 @@ class WorkerOutput:
     step_cache: StepCacheUse | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    """Bytes on the device of a round that was measured."""
+
+    peak_bytes: int  # most that was held above what was held before
+    state_bytes: dict[str, int]  # of the requests of the round, by id
+    free_bytes: int  # after it
+
+
 @dataclass(kw_only=True)
 class WorkerResult:
     """What became of a :class:`WorkerCommand`. A request that failed is in ``errors`` and is forgotten.
@@ -54,5 +64,7 @@ class WorkerResult:
     finished: dict[str, WorkerOutput] = field(default_factory=dict)
     errors: dict[str, Exception] = field(default_factory=dict)
     previews: dict[str, Any] = field(default_factory=dict)  # uint8 [N, h, w, 3] on the CPU
+    step_s: float | None = None  # seconds of the step, None where they cannot be told
+    memory: MemoryUse | None = None  # of a round that was to be measured
     attention_backends: tuple[str, ...] = ()
     accelerations: tuple[str, ...] = ()  # what became of those that may not take effect

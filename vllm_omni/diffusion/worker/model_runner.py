@@ -22,7 +22,7 @@ from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineL
 from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.step_plan import StepPlan
-from vllm_omni.diffusion.worker.messages import StageTimes, WorkerCommand, WorkerOutput, WorkerResult
+from vllm_omni.diffusion.worker.messages import MemoryUse, StageTimes, WorkerCommand, WorkerOutput, WorkerResult
 from vllm_omni.errors import FeatureNotAvailableError, InsufficientMemoryError, NonFiniteOutputError, first_line
 from vllm_omni.outputs import StepCacheUse
 from vllm_omni.platforms import get_platform
@@ -79,6 +79,7 @@ class ModelRunner:
     def execute(self, command: WorkerCommand) -> WorkerResult:
         """Carry out one command."""
         result = WorkerResult()
+        memory = self._platform.watch_memory() if command.measure else None
         if command.release or command.prepare or command.decode:
             self._plan = None  # it holds conditions of requests that leave; decoding needs the memory
         for request_id in command.release:
@@ -90,8 +91,10 @@ class ModelRunner:
             self._guard(result, request_id, self._finish, request_id, result)
         group = [self._running[request_id] for request_id in command.step if request_id in self._running]
         shown = {key: self._running[key].latents for key in command.preview if key in self._running}
-        self._step(group, command.max_batch_size, result)
+        self._timed_step(group, command, result)
         self._show(shown, result)
+        if memory is not None:
+            self._measure(memory, command, result)
         for request_id in (*result.errors, *result.finished):
             self._running.pop(request_id, None)
         if result.finished:
@@ -134,6 +137,23 @@ class ModelRunner:
             for state in states:
                 self._guard(result, state.request_id, denoise_step, [state], self.pipeline, 1)
         self._limit_steps_ahead()
+
+    def _timed_step(self, group: Sequence[_Running], command: WorkerCommand, result: WorkerResult) -> None:
+        """Where the device runs behind the host, a step's time shows only while the same requests go on."""
+        started, plan = time.perf_counter(), self._plan
+        self._step(group, command.max_batch_size, result)
+        if command.measure:
+            self._platform.synchronize()
+        if group and (command.measure or not self._is_stepped or (plan is not None and plan is self._plan)):
+            result.step_s = time.perf_counter() - started
+
+    def _measure(self, peak: Callable[[], int], command: WorkerCommand, result: WorkerResult) -> None:
+        running = {key: self._running[key] for key in (*command.step, *command.decode) if key in self._running}
+        result.memory = MemoryUse(
+            peak_bytes=peak(),
+            state_bytes={key: item.state.num_bytes for key, item in running.items() if item.state is not None},
+            free_bytes=self._platform.free_memory(),
+        )
 
     def _show(self, previous: dict[str, torch.Tensor | None], result: WorkerResult) -> None:
         """Previews of the requests that took a step from ``previous`` latents. They cost nothing unless asked for."""

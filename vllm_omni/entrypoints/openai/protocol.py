@@ -94,6 +94,11 @@ class GenerationFields(SamplingFields):  # type: ignore[misc,valid-type]  # mypy
             given |= self._size(given)
         return OmniDiffusionSamplingParams(**given, num_outputs_per_prompt=num_outputs)
 
+    @property
+    def client(self) -> str:
+        """Whom it is for, empty if nobody is named."""
+        return self.user or ""
+
     def _size(self, given: Mapping[str, Any]) -> dict[str, int]:
         width, separator, height = str(self.size).partition("x")
         if not (separator and width.isdecimal() and height.isdecimal() and len(str(self.size)) <= 11):
@@ -135,8 +140,7 @@ class PictureFields(GenerationFields):
 
     @property
     def client(self) -> str:
-        """Whom it is for, empty if nobody is named."""
-        return self.safety_identifier or self.user or ""
+        return self.safety_identifier or super().client
 
 
 _Model = typing.TypeVar("_Model", bound=StrictModel)

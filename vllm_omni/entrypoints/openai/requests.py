@@ -8,10 +8,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from pydantic import Field
 
 from vllm_omni.entrypoints.live_requests import LiveRequest, RequestEvent, Watcher
 from vllm_omni.entrypoints.openai.errors import ApiError, as_api_error
 from vllm_omni.entrypoints.openai.media import data_url, encode_preview
+from vllm_omni.entrypoints.openai.protocol import StrictModel
 from vllm_omni.entrypoints.openai.server import EventStream, Server, server_of, sse
 from vllm_omni.outputs import StepProgress
 
@@ -52,8 +54,28 @@ async def cancel_request(request_id: str, request: Request) -> dict[str, Any]:
     server = server_of(request)
     live = _found(server, request_id)
     if not server.omni.abort(request_id):
-        raise ApiError(409, f"{request_id} has ended ({live.state})", code="request_finished", param="request_id")
+        raise _ended(live)
     return {"id": request_id, "object": "request.cancelled", "cancelled": True}
+
+
+class PriorityFields(StrictModel):
+    """A new place in the queue."""
+
+    priority: int = Field(ge=-1000, le=1000, description="a lower number is served earlier")
+
+
+@router.post("/{request_id}/priority")
+async def change_priority(request_id: str, body: PriorityFields, request: Request) -> dict[str, Any]:
+    """Serve a request earlier or later than others."""
+    server = server_of(request)
+    live = _found(server, request_id)
+    if not server.omni.set_priority(request_id, body.priority):
+        raise _ended(live)
+    return describe(server, live)
+
+
+def _ended(live: LiveRequest) -> ApiError:
+    return ApiError(409, f"{live.request_id} has ended ({live.state})", code="request_finished", param="request_id")
 
 
 def describe(server: Server, live: LiveRequest) -> dict[str, Any]:

@@ -94,7 +94,12 @@ def given_request_id(request: Request) -> str | None:
 
 def placing_of(request: Request, body: GenerationFields) -> dict[str, Any]:
     """Keywords of ``AsyncOmni.submit`` by which a request takes its place in the queue."""
-    return {"request_id": given_request_id(request)}
+    return {
+        "request_id": given_request_id(request),
+        "priority": body.priority,
+        "deadline_s": body.deadline_s,
+        "client": body.client,
+    }
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:

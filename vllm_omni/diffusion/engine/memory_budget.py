@@ -1,0 +1,79 @@
+"""How much memory requests need, learned from those that ran, so that none is begun that would not fit.
+
+A request holds its state from its first step to its last. On top of all states comes what one piece of work needs while
+it lasts: a step of a batch, or a decoding. Both grow with the number of pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from vllm_omni.diffusion.engine.policies import ScheduledRequest
+
+Kind = Literal["state", "step", "decode"]
+
+# Allocators keep pieces that fit nothing, so not all that is free can be used.
+_USABLE = 0.9
+
+
+class MemoryBudget:
+    """Sizes in bytes, volumes in pixels of all rows or outputs together."""
+
+    def __init__(self, limit_bytes: int | None = None) -> None:
+        self._limit = limit_bytes
+        self._capacity: float | None = limit_bytes
+        self._measured: dict[Kind, dict[int, int]] = {"state": {}, "step": {}, "decode": {}}
+
+    def observe(self, kind: Kind, volume: int, num_bytes: int) -> None:
+        """Work or a state of ``volume`` pixels took ``num_bytes``."""
+        known = self._measured[kind]
+        known[volume] = max(known.get(volume, 0), num_bytes)
+
+    def observe_free(self, free_bytes: int, running: Iterable[ScheduledRequest]) -> None:
+        """The device has ``free_bytes`` left beside the states of the ``running`` requests."""
+        if self._limit is None:
+            self._capacity = _USABLE * (free_bytes + self._states(running))
+
+    def is_measured(self, kind: Kind, volume: int) -> bool:
+        return volume in self._measured[kind]
+
+    def fits(self, running: Iterable[ScheduledRequest], candidate: ScheduledRequest) -> bool:
+        """Whether ``candidate`` can join. What was never measured fits: running it is how it is measured."""
+        if self._capacity is None:
+            return True
+        together = [*running, candidate]
+        return self._states(together) + max(self._work(item) for item in together) <= self._capacity
+
+    def rows_that_fit(self, running: Iterable[ScheduledRequest], leader: ScheduledRequest, num_rows: int) -> int:
+        """At most ``num_rows``, and at least those of ``leader``, so that a step of so many rows fits."""
+        if self._capacity is not None:
+            left = self._capacity - self._states(running)
+            while num_rows > leader.num_rows and self._estimate("step", leader.volume * num_rows) > left:
+                num_rows = max(leader.num_rows, num_rows // 2)
+        return num_rows
+
+    def shortage(self, candidate: ScheduledRequest) -> tuple[float, float] | None:
+        """Needed and available bytes of a request that would not fit even alone; None if it would."""
+        needed = self._states([candidate]) + self._work(candidate)
+        return None if self._capacity is None or needed <= self._capacity else (needed, self._capacity)
+
+    def _states(self, requests: Iterable[ScheduledRequest]) -> float:
+        return sum(self._estimate("state", output_volume(item)) for item in requests)
+
+    def _work(self, item: ScheduledRequest) -> float:
+        step, decode = item.volume * item.num_rows, output_volume(item)
+        return max(self._estimate("step", step), self._estimate("decode", decode))
+
+    def _estimate(self, kind: Kind, volume: int) -> float:
+        """In proportion to the nearest measured volume, and never less than a smaller one took."""
+        known = self._measured[kind]
+        if not known:
+            return 0.0
+        nearest = min(known, key=lambda measured: abs(measured - volume))
+        return known[nearest] * max(1.0, volume / nearest)
+
+
+def output_volume(item: ScheduledRequest) -> int:
+    """Pixels of all outputs of a request."""
+    return item.volume * item.request.num_outputs
