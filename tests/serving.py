@@ -48,7 +48,7 @@ class RunningServer:
     def state_of(self, request_id: str) -> str:
         return self.call("GET", f"/v1/requests/{request_id}")[2]["state"]
 
-    def wait_until(self, condition, seconds: float = 20) -> None:
+    def wait_until(self, condition, seconds: float = 60) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "it did not happen in time"

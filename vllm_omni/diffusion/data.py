@@ -274,6 +274,7 @@ class RequestSpec:
     tasks: tuple[str, ...] = ()
     cfg_parameters: tuple[str, ...] = ("true_cfg_scale",)  # those that are scales of classifier-free guidance
     size_multiple: int = 1  # pixels; height and width must be multiples of it
+    temporal_factor: int = 1  # of a video model: num_frames is one more than a multiple of it
     output_types: tuple[str, ...] = ("pil", "np", "pt", "latent")
     prompt_keys: frozenset[str] = frozenset({"prompt"})
     extra_args: Mapping[str, Any] = field(default_factory=dict)

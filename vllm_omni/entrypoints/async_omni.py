@@ -116,12 +116,13 @@ class AsyncOmni:
         priority: int = 0,
         deadline_s: float | None = None,
         client: str = "",
+        must_take: bool = False,
     ) -> str:
         """Queue a request and return its id. It runs whether or not someone watches.
 
         ``request_id`` must not be in use; one is made if it is absent. ``kind`` is shown to who looks at the queue.
-        The others are those of :meth:`Engine.add_request`. Raises ``InvalidRequestError``,
-        ``QueueFullError`` or ``EngineClosedError``.
+        With ``must_take`` it is queued however many wait. The others are those of :meth:`Engine.add_request`. Raises
+        ``InvalidRequestError``, ``QueueFullError`` or ``EngineClosedError``.
         """
         params = OmniDiffusionSamplingParams() if sampling_params is None else sampling_params
         self._check_open()
@@ -132,7 +133,8 @@ class AsyncOmni:
             if request_id is not None:
                 self._check_unused(request_id)
                 request.request_id = request_id
-            self._check_queue()
+            if not must_take:
+                self._check_queue()
             live = _live_request(request, kind or self.output_kind)
             live.priority = priority
             self.live.add(live, watcher)

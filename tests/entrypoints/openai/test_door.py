@@ -65,7 +65,7 @@ def test_the_key_opens_and_health_needs_none(guarded):
 def test_a_body_beyond_the_limit_is_refused_before_it_is_read(guarded):
     headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
     host, port = guarded.address.removeprefix("http://").split(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=20)
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
     connection.putrequest("POST", GENERATIONS)
     for name, value in (headers | {"Content-Length": str(2**30)}).items():
         connection.putheader(name, value)
@@ -78,7 +78,7 @@ def test_a_body_beyond_the_limit_is_refused_before_it_is_read(guarded):
 
 def test_a_body_of_unknown_length_is_counted_as_it_comes(guarded):
     host, port = guarded.address.removeprefix("http://").split(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=20)
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
     chunks = (b" " * 2**16 for _ in range(40))
     headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
     try:

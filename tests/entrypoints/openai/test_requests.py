@@ -34,11 +34,11 @@ def in_background(server):
     for request_id in [live.request_id for live in server.omni.live.in_progress]:
         server.omni.abort(request_id)
     for thread in threads:
-        thread.join(timeout=20)
+        thread.join(timeout=90)
 
 
 def events_of(server, path):
-    with urllib.request.urlopen(server.address + path, timeout=20) as response:
+    with urllib.request.urlopen(server.address + path, timeout=90) as response:
         assert response.headers["Content-Type"].startswith("text/event-stream")
         for block in response.read().decode().strip().split("\n\n"):
             if not block.startswith(":"):
@@ -71,7 +71,7 @@ def test_an_unknown_request_is_a_404(server, method, path):
 
 
 def test_whoever_watches_sees_progress_a_preview_and_the_end(server, in_background):
-    in_background("watched", num_inference_steps=600)
+    in_background("watched", num_inference_steps=100)
     events = list(events_of(server, "/v1/requests/watched/events"))
     assert {name for name, _ in events[:-1]} == {"progress"}
     assert events[-1][0] == "completed"

@@ -12,7 +12,7 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig, SameAs
 from vllm_omni.diffusion.engine.admission import admit, read_sampling_defaults
 from vllm_omni.diffusion.engine.executor import Executor, InProcessExecutor
 from vllm_omni.diffusion.engine.memory_budget import MemoryBudget
-from vllm_omni.diffusion.engine.results import PostProcess, Receipts
+from vllm_omni.diffusion.engine.results import Results, TrackedRequest
 from vllm_omni.diffusion.engine.scheduler import ScheduledRequest, Scheduler
 from vllm_omni.diffusion.latent_preview import LatentPreview
 from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
@@ -23,22 +23,12 @@ from vllm_omni.diffusion.worker.model_runner import is_stepped
 from vllm_omni.errors import EngineClosedError, EngineFailureError, InvalidRequestError, first_line
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.logger import init_logger
-from vllm_omni.outputs import FinishReason, OmniRequestOutput, RequestMetrics, StepProgress
+from vllm_omni.outputs import FinishReason, OmniRequestOutput, StepProgress
 
 logger = init_logger(__name__)
 
 # Whether a request's next step is to be shown: its id, the step, and the number of its steps.
 NeedsPreview = Callable[[str, int, int], bool]
-
-
-@dataclass(kw_only=True)
-class _Tracked:
-    """A request between admission and result."""
-
-    request: OmniDiffusionRequest
-    admitted: float  # time.perf_counter() seconds
-    scheduled: float | None = None
-    num_steps_done: int = 0
 
 
 @dataclass(kw_only=True)
@@ -69,14 +59,14 @@ class Engine:
         model = resolve_diffusion_model(od_config.model_class_name)
         self._is_stepped = is_stepped(model.pipeline_class)
         self._spec = model.request_spec(od_config)
-        self._receipts = Receipts(od_config, self._spec)
+
         self._checkpoint_defaults = read_sampling_defaults(od_config)
         self._pre_process = _built(model.get_pre_process_func, od_config)
-        self._post_process = PostProcess(_built(model.get_post_process_func, od_config))
+        self._results = Results(od_config, self._spec, _built(model.get_post_process_func, od_config))
         limit = None if od_config.memory_budget_mb is None else od_config.memory_budget_mb * 2**20
         policy = od_config.scheduling_policy or ("shortest" if is_online else "fcfs")
         self._scheduler = Scheduler(od_config.max_num_seqs, policy, MemoryBudget(limit), measured_batches=is_online)
-        self._tracked: dict[str, _Tracked] = {}
+        self._tracked: dict[str, TrackedRequest] = {}
         self._executor: Executor | None = InProcessExecutor(od_config, on_load_progress)
         self.has_previews = self._is_stepped and LatentPreview.load(od_config.model) is not None
         self._needs_preview = needs_preview if self.has_previews else None
@@ -107,6 +97,13 @@ class Engine:
         own = {name: value for name, value in defaults.items() if not isinstance(value, SameAs)}
         return {**own, **self._checkpoint_defaults}
 
+    def num_frames_of(self, seconds: float, fps: float | None) -> int:
+        """The number of frames that the model can make which comes nearest to ``seconds``; ``fps`` None is its own."""
+        assert self._spec is not None, "a video model tells its requests"
+        rate = self.request_defaults["fps"] if fps is None else fps
+        factor = self._spec.temporal_factor
+        return max(1, round((seconds * rate - 1) / factor) * factor + 1)
+
     def eta_s(self, request_id: str) -> float | None:
         """Estimated seconds until a request is done, None if it is not in progress."""
         return self._scheduler.seconds_left(request_id)
@@ -128,7 +125,7 @@ class Engine:
         if self._executor is None:
             raise EngineClosedError("the engine is closed; create a new one")
         request = admit(prompt, params, self._spec, self._checkpoint_defaults, self._pre_process)
-        self._post_process.check(request)
+        self._results.check(request)
         self._check_fits(request)
         return request
 
@@ -143,7 +140,7 @@ class Engine:
         scheduled = self._scheduled(request)
         scheduled.priority, scheduled.client = priority, client
         scheduled.deadline = None if deadline_s is None else time.monotonic() + deadline_s
-        self._tracked[request.request_id] = _Tracked(request=request, admitted=time.perf_counter())
+        self._tracked[request.request_id] = TrackedRequest(request=request, admitted=time.perf_counter())
         self._scheduler.add(scheduled)
         return request.request_id
 
@@ -180,7 +177,7 @@ class Engine:
             self.discard_all()
             raise
         seconds = time.perf_counter() - started
-        self._receipts.update(result)
+        self._results.update(result)
         progress = []
         for scheduled in self._scheduler.update(command, result):
             request_id = scheduled.request.request_id
@@ -270,31 +267,7 @@ class Engine:
         error: Exception | None = None,
     ) -> OmniRequestOutput:
         tracked = self._tracked.pop(request_id)
-        request, metrics = tracked.request, RequestMetrics(num_steps=tracked.num_steps_done)
-        if tracked.scheduled is not None:
-            metrics.queue_s = tracked.scheduled - tracked.admitted
-        images: list[Any] = []
-        if finished is not None:
-            times = finished.times
-            metrics.prepare_s, metrics.denoise_s, metrics.decode_s = times.prepare_s, times.denoise_s, times.decode_s
-            metrics.peak_memory_bytes = finished.peak_memory_bytes
-            started = time.perf_counter()
-            try:
-                images = self._post_process(finished.output, request)
-            except Exception as post_process_error:
-                reason, error = "failed", post_process_error
-            metrics.post_process_s = time.perf_counter() - started
-        metrics.total_s = time.perf_counter() - tracked.admitted
-        return OmniRequestOutput(
-            request_id=request_id,
-            prompt=request.prompt.get("prompt"),
-            images=images,
-            finished=reason == "completed",
-            finish_reason=reason,
-            metrics=metrics,
-            receipt=self._receipts.make(request, finished) if finished is not None and reason == "completed" else None,
-            error=error,
-        )
+        return self._results.output(tracked, reason, finished=finished, error=error)
 
 
 def _built(make_function: Callable[..., Any] | None, od_config: OmniDiffusionConfig) -> Callable[..., Any] | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig, RequestSpec
@@ -11,10 +13,20 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.messages import WorkerOutput, WorkerResult
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
-from vllm_omni.outputs import Receipt, StepCacheUse
+from vllm_omni.outputs import FinishReason, OmniRequestOutput, Receipt, RequestMetrics, StepCacheUse
 
 
-class PostProcess:
+@dataclass(kw_only=True)
+class TrackedRequest:
+    """A request between admission and result."""
+
+    request: OmniDiffusionRequest
+    admitted: float  # time.perf_counter() seconds
+    scheduled: float | None = None
+    num_steps_done: int = 0
+
+
+class _PostProcess:
     """A model's post-processing function, or none. One of the model guide's takes the output alone and returns PIL;
     one with a second parameter also takes the output type."""
 
@@ -42,10 +54,13 @@ class PostProcess:
         return list(output)
 
 
-class Receipts:
-    """Writes down what really ran."""
+class Results:
+    """Makes the results of one engine's requests."""
 
-    def __init__(self, od_config: OmniDiffusionConfig, spec: RequestSpec | None) -> None:
+    def __init__(
+        self, od_config: OmniDiffusionConfig, spec: RequestSpec | None, post_process: Callable[..., Any] | None
+    ) -> None:
+        self._post_process = _PostProcess(post_process)
         self._config = od_config
         self._cfg_parameters = ("true_cfg_scale",) if spec is None else spec.cfg_parameters
         self._attention_backends: tuple[str, ...] = ()
@@ -55,8 +70,46 @@ class Receipts:
         """Take in what a worker tells of itself."""
         self._attention_backends, self._accelerations = result.attention_backends, result.accelerations
 
-    def make(self, request: OmniDiffusionRequest, finished: WorkerOutput) -> Receipt:
-        """The receipt of a request that is done."""
+    def check(self, request: OmniDiffusionRequest) -> None:
+        """Raises ``InvalidRequestError`` for an output type that the model cannot make."""
+        self._post_process.check(request)
+
+    def output(
+        self,
+        tracked: TrackedRequest,
+        reason: FinishReason,
+        *,
+        finished: WorkerOutput | None = None,
+        error: Exception | None = None,
+    ) -> OmniRequestOutput:
+        """The result of a request that has ended."""
+        request, metrics = tracked.request, RequestMetrics(num_steps=tracked.num_steps_done)
+        if tracked.scheduled is not None:
+            metrics.queue_s = tracked.scheduled - tracked.admitted
+        images: list[Any] = []
+        if finished is not None:
+            times = finished.times
+            metrics.prepare_s, metrics.denoise_s, metrics.decode_s = times.prepare_s, times.denoise_s, times.decode_s
+            metrics.peak_memory_bytes = finished.peak_memory_bytes
+            started = time.perf_counter()
+            try:
+                images = self._post_process(finished.output, request)
+            except Exception as post_process_error:
+                reason, error = "failed", post_process_error
+            metrics.post_process_s = time.perf_counter() - started
+        metrics.total_s = time.perf_counter() - tracked.admitted
+        return OmniRequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt.get("prompt"),
+            images=images,
+            finished=reason == "completed",
+            finish_reason=reason,
+            metrics=metrics,
+            receipt=self._receipt(request, finished) if finished is not None and reason == "completed" else None,
+            error=error,
+        )
+
+    def _receipt(self, request: OmniDiffusionRequest, finished: WorkerOutput) -> Receipt:
         config, params = self._config, request.sampling_params
         seeds, step_cache = request.seeds, finished.step_cache
         return Receipt(

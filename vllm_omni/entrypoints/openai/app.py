@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from vllm_omni.entrypoints.openai import health, images, models, requests
+from vllm_omni.entrypoints.openai import audio, chat, files, health, images, models, requests, videos
 from vllm_omni.entrypoints.openai.errors import install_error_handlers
 from vllm_omni.entrypoints.openai.gate import Gate
+from vllm_omni.entrypoints.openai.jobs import VideoJobs
 from vllm_omni.entrypoints.openai.metrics import ServerMetrics
 from vllm_omni.entrypoints.openai.server import Server
 from vllm_omni.version import __version__
 
-_ROUTERS = (images.router, models.router, requests.router, health.router)
+_ROUTERS = tuple(part.router for part in (images, videos, chat, audio, models, requests, files, health))
 
 
 def create_app(server: Server) -> ASGIApp:
     """The ASGI application of a server."""
-    config = server.config
+    config, jobs = server.config, VideoJobs(server)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        jobs.start()
+        yield
+        server.is_draining = True
+        await jobs.stop(server.drain_until - time.monotonic())
+
     app = FastAPI(
+        lifespan=lifespan,
         title="vllm-omni",
         version=__version__,
         # The pages that FastAPI makes of the schema load scripts from elsewhere.
@@ -27,6 +41,7 @@ def create_app(server: Server) -> ASGIApp:
         redoc_url=None,
     )
     app.state.server = server
+    app.state.jobs = jobs
     app.state.metrics = metrics = ServerMetrics(server.omni)
     server.omni.listeners.append(metrics.observe_round)
     install_error_handlers(app)

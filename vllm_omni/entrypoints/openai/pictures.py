@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from PIL import Image
 from vllm_omni.entrypoints.live_requests import Watcher
 from vllm_omni.entrypoints.openai.errors import ApiError, as_api_error
 from vllm_omni.entrypoints.openai.media import base64_text, encode_picture, encode_preview, flat_pictures, opaque
-from vllm_omni.entrypoints.openai.protocol import PictureFields
+from vllm_omni.entrypoints.openai.protocol import PictureFields, RequestFields
 from vllm_omni.entrypoints.openai.server import EventStream, Server, placing_of, server_of, sse, unless_disconnected
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
@@ -41,7 +42,7 @@ def fields_as_sent(body: PictureFields, *, has_mask: bool = False) -> Iterator[N
         raise as_sent(error, body, has_mask=has_mask) from error
 
 
-def as_sent(error: InvalidRequestError, body: PictureFields, *, has_mask: bool = False) -> InvalidRequestError:
+def as_sent(error: InvalidRequestError, body: RequestFields, *, has_mask: bool = False) -> InvalidRequestError:
     names = {"num_outputs_per_prompt": "n", "multi_modal_data": "mask" if has_mask else "image"}
     if body.size is not None:
         names |= {"height": "size", "width": "size"}
@@ -66,7 +67,15 @@ async def answer(
         )
     if not output.finished:
         raise ApiError(409, f"{output.request_id} was cancelled", code="cancelled")
-    return JSONResponse(await _whole(server, body, output))
+    content = await _whole(server, body, output)
+    if body.response_format == "url":
+        content["data"] = [await _stored(request, body, entry["b64_json"]) for entry in content["data"]]
+    return JSONResponse(content)
+
+
+async def _stored(request: Request, body: PictureFields, b64_json: str) -> dict[str, str]:
+    name = await asyncio.to_thread(server_of(request).storage.put_file, base64.b64decode(b64_json), body.output_format)
+    return {"url": str(request.url_for("stored_file", name=name))}
 
 
 async def _whole(server: Server, body: PictureFields, output: OmniRequestOutput) -> dict[str, Any]:

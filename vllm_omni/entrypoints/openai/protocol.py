@@ -11,11 +11,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
+from vllm_omni.diffusion.engine.engine import Engine
 from vllm_omni.entrypoints.openai.errors import ApiError, validation_error
 from vllm_omni.errors import InvalidRequestError, nearest_name
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 ImageFormat = Literal["png", "jpeg", "webp"]
+
+_MAX_SECONDS = 600.0
 
 # Tensors do not travel in JSON, the form of the outputs is the server's matter, and OpenAI's name of the last is n.
 _NOT_IN_JSON = ("latents", "generator", "output_type", "num_outputs_per_prompt")
@@ -74,10 +77,9 @@ def _json_type(hint: Any) -> Any:
 SamplingFields: type[StrictModel] = create_model("SamplingFields", __base__=StrictModel, **_sampling_fields())
 
 
-class GenerationFields(SamplingFields):  # type: ignore[misc,valid-type]  # mypy knows no model made by create_model
-    """What every request for an output may have."""
+class RequestFields(SamplingFields):  # type: ignore[misc,valid-type]  # mypy knows no model made by create_model
+    """What every request for an output may have, but for its prompt."""
 
-    prompt: str = Field(description="what to show")
     model: str | None = Field(None, description="the served model; absent: the one that is served")
     negative_prompt: str | None = Field(None, description="what to keep away from")
     size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, or auto", examples=["512x512"])
@@ -107,6 +109,12 @@ class GenerationFields(SamplingFields):  # type: ignore[misc,valid-type]  # mypy
             if name in given:
                 raise InvalidRequestError(f"size and {name} exclude each other; give one of them", param=name)
         return {"width": int(width), "height": int(height)}
+
+
+class GenerationFields(RequestFields):
+    """With a prompt of its own."""
+
+    prompt: str = Field(description="what to show")
 
 
 class PictureFields(GenerationFields):
@@ -141,6 +149,37 @@ class PictureFields(GenerationFields):
     @property
     def client(self) -> str:
         return self.safety_identifier or super().client
+
+
+class PictureReference(StrictModel):
+    """A picture by its address, or in the text of a data URL."""
+
+    image_url: str = Field(description="data:image/png;base64,... or, from a domain that is allowed, https://...")
+
+
+class VideoFields(GenerationFields):
+    """What a request for a video may have."""
+
+    seconds: str | float | None = Field(None, description="length, instead of num_frames")
+    input_reference: PictureReference | None = Field(None, description="the picture that it starts from")
+
+    def video_params(self, engine: Engine) -> OmniDiffusionSamplingParams:
+        """Raises ``InvalidRequestError`` that names the field."""
+        params = self.sampling_params(1)
+        if self.seconds is None:
+            return params
+        if params.num_frames is not None:
+            raise InvalidRequestError("seconds and num_frames exclude each other; give one of them", param="seconds")
+        try:
+            seconds = float(self.seconds)
+        except ValueError:
+            seconds = float("nan")
+        if not 0 < seconds <= _MAX_SECONDS:
+            raise InvalidRequestError(
+                f"seconds={self.seconds!r} must be a number above 0 and at most {_MAX_SECONDS:g}", param="seconds"
+            )
+        params.num_frames = engine.num_frames_of(seconds, params.fps)
+        return params
 
 
 _Model = typing.TypeVar("_Model", bound=StrictModel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -13,7 +14,9 @@ import uvicorn
 from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.openai.app import create_app
 from vllm_omni.entrypoints.openai.config import ServerConfig
+from vllm_omni.entrypoints.openai.fetch import MediaFetcher
 from vllm_omni.entrypoints.openai.server import Server, served_name
+from vllm_omni.entrypoints.openai.storage import Storage
 
 
 class HttpServer(uvicorn.Server):
@@ -24,7 +27,15 @@ class HttpServer(uvicorn.Server):
     """
 
     def __init__(self, omni: AsyncOmni, config: ServerConfig, model: str | None) -> None:
-        self.state = Server(omni=omni, config=config, model_name=served_name(model, config, omni.od_config.model))
+        self.state = Server(
+            omni=omni,
+            config=config,
+            model_name=served_name(model, config, omni.od_config.model),
+            storage=Storage(
+                config.storage_dir, max_age_s=3600 * config.retention_hours, max_bytes=1e9 * config.retention_gb
+            ),
+            media=MediaFetcher(config.allowed_media_domains),
+        )
         super().__init__(
             uvicorn.Config(
                 create_app(self.state),
@@ -47,6 +58,11 @@ class HttpServer(uvicorn.Server):
         if self.started:
             print(f"serving {self.state.model_name} at {self.address}", flush=True)  # noqa: T201  # what a user waits for
 
+    async def shutdown(self, sockets: object = None) -> None:
+        self.state.is_draining = True
+        await super().shutdown()
+        self.state.storage.close()
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """As uvicorn's, but the signal is not raised again afterwards: it would end the process with its number."""
@@ -62,4 +78,5 @@ class HttpServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.state.is_draining = True
+        self.state.drain_until = time.monotonic() + self.state.config.drain_timeout_s
         super().handle_exit(sig, frame)

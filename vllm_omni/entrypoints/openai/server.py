@@ -18,7 +18,9 @@ from starlette.types import Receive, Scope, Send
 from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.openai.config import ServerConfig
 from vllm_omni.entrypoints.openai.errors import ApiError
-from vllm_omni.entrypoints.openai.protocol import GenerationFields
+from vllm_omni.entrypoints.openai.fetch import MediaFetcher
+from vllm_omni.entrypoints.openai.protocol import RequestFields
+from vllm_omni.entrypoints.openai.storage import Storage
 from vllm_omni.logger import init_logger
 from vllm_omni.outputs import OmniRequestOutput
 
@@ -34,8 +36,11 @@ class Server:
     omni: AsyncOmni
     config: ServerConfig
     model_name: str
+    storage: Storage
+    media: MediaFetcher
     started: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
     is_draining: bool = False
+    drain_until: float = 0.0  # time.monotonic() seconds
 
     def check_accepts(self) -> None:
         """Raises ``ApiError`` while the server shuts down."""
@@ -92,7 +97,7 @@ def given_request_id(request: Request) -> str | None:
     return request_id
 
 
-def placing_of(request: Request, body: GenerationFields) -> dict[str, Any]:
+def placing_of(request: Request, body: RequestFields) -> dict[str, Any]:
     """Keywords of ``AsyncOmni.submit`` by which a request takes its place in the queue."""
     return {
         "request_id": given_request_id(request),

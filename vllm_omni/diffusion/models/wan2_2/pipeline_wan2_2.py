@@ -105,6 +105,7 @@ class WanPipeline(nn.Module):
             tasks=("text-to-video", "image-to-video") if checkpoint.expand_timesteps else ("text-to-video",),
             cfg_parameters=tuple(name for name in ("guidance_scale", "guidance_scale_2") if name in defaults),
             size_multiple=checkpoint.size_multiple,
+            temporal_factor=checkpoint.temporal_factor,
             prompt_keys=frozenset(prompt_keys | ({PICTURE_KEY} if checkpoint.expand_timesteps else set())),
             check=functools.partial(_check_request, checkpoint),
         )

@@ -1,0 +1,114 @@
+"""Chat with pictures in and out."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import openai
+import pytest
+from PIL import Image
+
+from tests import tiny_flux
+from tests.serving import running_server
+from vllm_omni import AsyncOmni
+
+EXTRA = {"size": "64x64", "num_inference_steps": 2, "seed": 1}
+
+
+def opened(part) -> Image.Image:
+    header, _, content = part["image_url"]["url"].partition(",")
+    assert header == "data:image/png;base64"
+    return Image.open(io.BytesIO(base64.b64decode(content)))
+
+
+def messages(text, *urls):
+    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": [{"type": "text", "text": text}, *pictures]}]
+
+
+def test_a_message_is_answered_by_pictures(client, server):
+    answer = client.chat.completions.create(
+        model=server.http_server.state.model_name,
+        messages=[{"role": "user", "content": "a red circle"}],
+        extra_body=EXTRA | {"num_outputs_per_prompt": 2},
+    )
+    choice = answer.choices[0]
+    assert (choice.finish_reason, choice.message.role) == ("stop", "assistant")
+    assert [opened(part).size for part in choice.message.content] == [(64, 64), (64, 64)]
+    assert answer.receipt["seeds"] == [1, 2]
+    again = client.images.generate(prompt="a red circle", extra_body=EXTRA)
+    assert choice.message.content[0]["image_url"]["url"].endswith(again.data[0].b64_json)
+
+
+def test_a_chat_streams_and_ends_as_openais_do(client, server):
+    chunks = list(
+        client.chat.completions.create(model=None, messages=messages("a red circle"), stream=True, extra_body=EXTRA)
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert opened(chunks[1].choices[0].delta.content[0]).size == (64, 64)
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert chunks[-1].receipt["seeds"] == [1]
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    with pytest.raises(openai.APIError, match="max_sequence_length"):
+        list(client.chat.completions.create(model=None, messages=messages("red " * 600), stream=True, extra_body=EXTRA))
+
+
+def test_pictures_of_a_message_are_edited(tmp_path):
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    folder = tiny_flux.flux_kontext(tmp_path / "model")
+    with AsyncOmni(str(folder)) as omni, running_server(omni) as server, server.client() as client:
+        answer = client.chat.completions.create(
+            model=None, messages=messages("make it blue", url), extra_body=EXTRA | {"num_inference_steps": 1}
+        )
+        assert opened(answer.choices[0].message.content[0]).size == (64, 64)
+        edited = client.images.edit(
+            image=("red.png", file.getvalue(), "image/png"),
+            prompt="make it blue",
+            size="64x64",
+            extra_body={"num_inference_steps": 1, "seed": 1},
+        )
+        assert answer.choices[0].message.content[0]["image_url"]["url"].endswith(edited.data[0].b64_json)
+        events = list(
+            client.images.edit(
+                image=[("red.png", file.getvalue(), "image/png")],
+                prompt="make it blue",
+                size="64x64",
+                stream=True,
+                extra_body={"num_inference_steps": 1, "seed": 1},
+            )
+        )
+        assert [event.type for event in events] == ["image_edit.completed"]
+        assert events[0].b64_json == edited.data[0].b64_json
+        for content, text in ((b"no picture", "no picture"), (file.getvalue()[:60], "all bytes of the file")):
+            with pytest.raises(openai.BadRequestError, match=text) as caught:
+                client.images.edit(image=("red.png", content, "image/png"), prompt="x", size="64x64")
+            assert caught.value.param == "image"
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.images.generate(prompt="x", size="64x64")
+        assert caught.value.param == "image"
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.images.edit(image=("red.png", file.getvalue()), mask=("m.png", file.getvalue()), prompt="x")
+        assert caught.value.param == "mask"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": messages("a") * 2}, "messages"),
+        ({"messages": [{"role": "system", "content": "be kind"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages"),
+        ({"messages": messages("a", "https://example.com/a.png")}, "messages"),
+        ({"messages": messages("a", "data:image/png;base64,AAAA")}, "messages"),
+        ({"messages": messages("a"), "temperature": 1}, "temperature"),
+        ({"messages": messages("a"), "n": 1, "num_outputs_per_prompt": 2}, "n"),
+        ({"messages": messages("a"), "modalities": ["video"]}, "modalities"),
+        ({"messages": messages("a"), "size": "33x32"}, "size"),
+    ],
+)
+def test_bad_input_names_the_field(server, fields, param):
+    status, _, answer = server.call("POST", "/v1/chat/completions", fields)
+    assert (status, answer["error"]["param"]) == (400, param)

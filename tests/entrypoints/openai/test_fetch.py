@@ -1,0 +1,104 @@
+"""Pictures by address: only from where the operator allows, and never from within."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import socket
+import threading
+
+import pytest
+
+from vllm_omni.entrypoints.openai import fetch
+from vllm_omni.entrypoints.openai.fetch import MediaFetcher
+from vllm_omni.errors import InvalidRequestError
+
+
+class Site(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        redirects = self.path.startswith("/redirect")
+        self.send_response(302 if redirects else 200)
+        if redirects:
+            self.send_header("Location", "http://127.0.0.1/secret")
+        self.end_headers()
+        self.wfile.write(b"x" * 2000 if self.path == "/large" else b"picture of " + self.headers["Host"].encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def port():
+    site = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    threading.Thread(target=site.serve_forever, daemon=True).start()
+    yield site.server_address[1]
+    site.shutdown()
+    site.server_close()
+
+
+def get(url, *allowed):
+    return asyncio.run(MediaFetcher(allowed).fetch(url, "image"))
+
+
+@pytest.fixture
+def resolves(monkeypatch):
+    """Let every name lead to these addresses."""
+
+    def to(*addresses):
+        entries = [(0, 0, 0, "", (address, 0)) for address in addresses]
+        monkeypatch.setattr(fetch.socket, "getaddrinfo", lambda *_, **__: entries)
+
+    return to
+
+
+def test_an_allowed_domain_is_fetched_from_the_address_that_was_checked(port, resolves, monkeypatch):
+    resolves("93.184.216.34")
+    asked = []
+
+    def here(address, timeout):
+        asked.append(address[0])
+        connection = socket.socket()
+        connection.connect(("127.0.0.1", port))
+        return connection
+
+    monkeypatch.setattr(fetch.socket, "create_connection", here)
+    assert get("http://pictures.test/a.png?size=1", "pictures.test") == b"picture of pictures.test"
+    assert asked == ["93.184.216.34"]
+    with pytest.raises(InvalidRequestError, match="redirects are not followed"):
+        get("http://pictures.test/redirect", "pictures.test")
+    monkeypatch.setattr(fetch, "_MAX_BYTES", 1000)
+    with pytest.raises(InvalidRequestError, match="more than"):
+        get("http://pictures.test/large", "pictures.test")
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "192.168.1.1", "::1", "fe80::1%eth0", "::ffff:127.0.0.1"]
+)
+def test_a_domain_that_leads_within_is_refused_even_if_it_is_allowed(resolves, address):
+    resolves("93.184.216.34", address)
+    with pytest.raises(InvalidRequestError, match="not public"):
+        get("http://pictures.test/a.png", "pictures.test")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://other.test/a.png", "nothing is fetched from 'other.test'"),
+        ("http://pictures.test@other.test/", "'other.test'"),
+        ("http://sub.pictures.test/", "'sub.pictures.test'"),
+        ("http://[::1", "no address"),
+        ("ftp://pictures.test/a.png", "http"),
+        ("file:///etc/passwd", "http"),
+        ("/etc/passwd", "http"),
+        ("data:image/png;base64,%%%", "base64"),
+        ("data:text/html;base64,AAAA", "http"),
+    ],
+)
+def test_other_addresses_are_refused(url, message):
+    with pytest.raises(InvalidRequestError, match=message) as caught:
+        get(url, "pictures.test")
+    assert caught.value.param == "image"
+
+
+def test_a_data_url_needs_no_domain():
+    assert get("data:image/png;base64,aGVsbG8=") == b"hello"

@@ -1,0 +1,181 @@
+"""``/v1/chat/completions``: a message of text and pictures is answered by pictures, or by a video."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Literal, Union
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import Field
+
+from vllm_omni.entrypoints.live_requests import Watcher
+from vllm_omni.entrypoints.openai.errors import ApiError, as_api_error
+from vllm_omni.entrypoints.openai.media import base64_text, data_url, encode_picture, encode_video, flat_pictures
+from vllm_omni.entrypoints.openai.pictures import as_sent
+from vllm_omni.entrypoints.openai.protocol import ImageFormat, RequestFields, StrictModel
+from vllm_omni.entrypoints.openai.server import EventStream, Server, placing_of, server_of, sse, unless_disconnected
+from vllm_omni.errors import InvalidRequestError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
+from vllm_omni.outputs import OmniRequestOutput
+
+router = APIRouter(prefix="/v1/chat", tags=["chat"])
+
+
+class TextPart(StrictModel):
+    """A text within a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class PictureAddress(StrictModel):
+    """Where a picture is."""
+
+    url: str = Field(description="data:image/png;base64,... or, from a domain that is allowed, https://...")
+    detail: Literal["auto"] = "auto"
+
+
+class PicturePart(StrictModel):
+    """A picture within a message."""
+
+    type: Literal["image_url"]
+    image_url: PictureAddress
+
+
+class Message(StrictModel):
+    """What the user says."""
+
+    role: Literal["user"] = Field(description="a diffusion model remembers nothing: one message of the user is all")
+    content: str | list[Union[TextPart, PicturePart]]
+
+
+class ChatFields(RequestFields):
+    """What a chat request may have."""
+
+    messages: list[Message] = Field(min_length=1, max_length=1, description="one message of the user")
+    n: int | None = Field(None, ge=1, le=16, description="number of outputs, all in one answer")
+    num_outputs_per_prompt: int | None = Field(None, ge=1, le=16, description="as n")
+    modalities: list[Literal["image", "video"]] | None = Field(None, description="what is expected in the answer")
+    output_format: ImageFormat = Field("png", description="file format of pictures")
+    stream: bool = Field(False, description="server-sent events")
+
+    @property
+    def num_outputs(self) -> int | None:
+        """Raises ``InvalidRequestError`` for two numbers."""
+        if self.n is not None and self.num_outputs_per_prompt is not None:
+            raise InvalidRequestError("n and num_outputs_per_prompt are one thing; give one of them", param="n")
+        return self.num_outputs_per_prompt if self.n is None else self.n
+
+
+@router.post("/completions")
+async def complete_chat(body: ChatFields, request: Request) -> Response:
+    """Pictures or a video for a message."""
+    server = server_of(request)
+    server.check_accepts()
+    server.check_model(body.model)
+    kind = server.omni.output_kind
+    if body.modalities is not None and body.modalities != [kind]:
+        raise ApiError(
+            400, f"modalities={body.modalities}: the model makes [{kind!r}]", code="invalid_value", param="modalities"
+        )
+    prompt = await _prompt(server, body)
+    try:
+        params = body.sampling_params(body.num_outputs)
+        if body.stream:
+            return await _stream(request, body, prompt, params)
+        output = await unless_disconnected(
+            request, server.omni.complete(prompt, params, **placing_of(request, body), kind="chat")
+        )
+    except InvalidRequestError as error:
+        raise _as_sent(error, body) from error
+    message = {"role": "assistant", "content": await _content(body, _finished(output))}
+    choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+    return JSONResponse({**_head(server, output.request_id), "choices": [choice], **_tail(server, output)})
+
+
+async def _prompt(server: Server, body: ChatFields) -> OmniPrompt:
+    content = body.messages[0].content
+    parts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
+    texts = [part.text for part in parts if isinstance(part, TextPart)]
+    if not texts:
+        raise ApiError(400, "the message has no text", code="missing_required_parameter", param="messages")
+    prompt: OmniPrompt = {"prompt": "\n".join(texts)}
+    if body.negative_prompt is not None:
+        prompt["negative_prompt"] = body.negative_prompt
+    pictures = [part.image_url.url for part in parts if isinstance(part, PicturePart)]
+    if pictures:
+        prompt["multi_modal_data"] = {"image": [await server.media.fetch(url, "messages") for url in pictures]}
+    return prompt
+
+
+async def _stream(
+    request: Request, body: ChatFields, prompt: OmniPrompt, params: OmniDiffusionSamplingParams
+) -> Response:
+    server = server_of(request)
+    watcher = Watcher(progress=False)
+    request_id = await server.omni.submit(prompt, params, watcher=watcher, **placing_of(request, body), kind="chat")
+    chunks = _chunks(server, body, watcher, request_id)
+    return EventStream(chunks, on_end=lambda: server.omni.abort(request_id))
+
+
+async def _chunks(server: Server, body: ChatFields, watcher: Watcher, request_id: str) -> AsyncIterator[str]:
+    """The role at once, the outputs when they are there, and OpenAI's end mark."""
+    head = {**_head(server, request_id), "object": "chat.completion.chunk"}
+
+    def chunk(delta: dict[str, Any], finish_reason: str | None, **more: Any) -> str:
+        return sse({**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}], **more})
+
+    yield chunk({"role": "assistant", "content": ""}, None)
+    output = await watcher.get()
+    assert isinstance(output, OmniRequestOutput), "a watcher without progress gets the result alone"
+    try:
+        content = await _content(body, _finished(output))
+    except (ApiError, InvalidRequestError) as error:
+        yield sse(as_api_error(error).body(), "error")
+        return
+    for part in content:
+        yield chunk({"content": [part]}, None)
+    yield chunk({}, "stop", **_tail(server, output))
+    yield "data: [DONE]\n\n"
+
+
+def _finished(output: OmniRequestOutput) -> OmniRequestOutput:
+    """Raises ``ApiError`` for one that did not finish."""
+    if output.error is not None:
+        raise as_api_error(output.error)
+    if not output.finished:
+        raise ApiError(409, f"{output.request_id} was cancelled", code="cancelled")
+    return output
+
+
+async def _content(body: ChatFields, output: OmniRequestOutput) -> list[dict[str, Any]]:
+    """The parts of the answer's message: pictures or videos as data URLs."""
+    assert output.receipt is not None, "a finished request has a receipt"
+    fps = output.receipt.fps
+    if fps is not None:
+        videos = [await asyncio.to_thread(encode_video, frames, fps) for frames in output.images]
+        urls = [f"data:video/mp4;base64,{base64_text(video)}" for video in videos]
+        return [{"type": "video_url", "video_url": {"url": url}} for url in urls]
+    pictures = flat_pictures(output.images)
+    files = [await asyncio.to_thread(encode_picture, picture, body.output_format, None) for picture in pictures]
+    urls = [data_url(file, body.output_format) for file in files]
+    return [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+
+
+def _head(server: Server, request_id: str) -> dict[str, Any]:
+    created = int(time.time())
+    return {"id": request_id, "object": "chat.completion", "created": created, "model": server.model_name}
+
+
+def _tail(server: Server, output: OmniRequestOutput) -> dict[str, Any]:
+    told = server.receipt(output)
+    return {"usage": None, "receipt": told["receipt"], "timings": told["timings"]}
+
+
+def _as_sent(error: InvalidRequestError, body: ChatFields) -> InvalidRequestError:
+    names = {"prompt": "messages", "image": "messages", "multi_modal_data": "messages"}
+    sent = as_sent(error, body)
+    return InvalidRequestError(str(error), param=names.get(sent.param, sent.param))

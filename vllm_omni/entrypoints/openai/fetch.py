@@ -1,0 +1,92 @@
+"""Pictures that a request names by an address: data URLs, and what domains that the operator allows will serve.
+
+A fetch must not reach into the network that the server stands in: the domain is on the list, every address that it
+resolves to is public, the connection goes to an address that was checked, and redirects are refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import http.client
+import ipaddress
+import re
+import socket
+import ssl
+from urllib.parse import urlsplit
+
+from vllm_omni.errors import InvalidRequestError
+
+_DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
+_TIMEOUT_S = 10.0
+_MAX_BYTES = 32 * 2**20
+
+
+class MediaFetcher:
+    """Turns an address into the bytes of a file. Raises ``InvalidRequestError`` that names the field."""
+
+    def __init__(self, allowed_domains: tuple[str, ...]) -> None:
+        self._allowed = frozenset(domain.lower() for domain in allowed_domains)
+
+    async def fetch(self, url: str, param: str) -> bytes:
+        header = _DATA_URL.match(url)
+        if header is not None:
+            try:
+                return base64.b64decode(url[header.end() :], validate=True)
+            except binascii.Error as error:
+                raise InvalidRequestError(f"{param} is a data URL that is not base64: {error}", param=param) from error
+        return await asyncio.to_thread(self._download, url, param)
+
+    def _download(self, url: str, param: str) -> bytes:
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError as error:
+            raise InvalidRequestError(f"{param}={url[:80]!r} is no address: {error}", param=param) from error
+        if parts.scheme not in ("http", "https") or not host:
+            raise InvalidRequestError(
+                f"{param}={url[:80]!r} must be a data URL (data:image/png;base64,...) or an http(s) address",
+                param=param,
+            )
+        if host.lower() not in self._allowed:
+            raise InvalidRequestError(
+                f"{param}: nothing is fetched from {host!r}; send the picture as a data URL, or have the operator add"
+                " the domain to --allowed-media-domains",
+                param=param,
+            )
+        port = port or (443 if parts.scheme == "https" else 80)
+        try:
+            address = _public_address(host, port)
+            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            return _get(parts.scheme, host, port, address, target)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise InvalidRequestError(f"{param}={url[:80]!r} cannot be fetched: {error}", param=param) from error
+
+
+def _public_address(host: str, port: int) -> str:
+    """An address of ``host``. Raises ``ValueError`` if any of its addresses is not public."""
+    found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    for address in found:
+        if not ipaddress.ip_address(address.partition("%")[0]).is_global:
+            raise ValueError("its domain leads to an address that is not public")
+    return min(found)
+
+
+def _get(scheme: str, host: str, port: int, address: str, target: str) -> bytes:
+    """Get from the address that was checked: to resolve the name again could lead elsewhere."""
+    raw = socket.create_connection((address, port), timeout=_TIMEOUT_S)
+    with raw:
+        stream = ssl.create_default_context().wrap_socket(raw, server_hostname=host) if scheme == "https" else raw
+        with stream:
+            connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT_S)
+            connection.sock = stream
+            connection.request("GET", target, headers={"Accept": "image/*", "Connection": "close"})
+            with connection.getresponse() as response:
+                if response.status != 200:
+                    advice = "redirects are not followed" if 300 <= response.status < 400 else "200 is needed"
+                    raise ValueError(f"it answers {response.status}; {advice}")
+                content = response.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise ValueError(f"it has more than {_MAX_BYTES // 2**20} MB")
+    return content

@@ -1,0 +1,157 @@
+"""Video jobs: accepted once, run until they end, whatever happens to the process in between."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from vllm_omni.entrypoints.live_requests import Watcher
+from vllm_omni.entrypoints.openai.errors import ApiError, as_api_error
+from vllm_omni.entrypoints.openai.media import encode_video
+from vllm_omni.entrypoints.openai.protocol import VideoFields
+from vllm_omni.entrypoints.openai.server import Server
+from vllm_omni.entrypoints.openai.storage import Job
+from vllm_omni.inputs.data import OmniPrompt
+from vllm_omni.logger import init_logger
+from vllm_omni.outputs import OmniRequestOutput, StepProgress
+
+logger = init_logger(__name__)
+
+# A job that takes the process down with it would do so for ever.
+_MAX_STARTS = 3
+_SECONDS_BETWEEN_SWEEPS = 300.0
+
+
+class VideoJobs:
+    """The jobs of one server, each with a task in its event loop."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._sweeping: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Go on with what a former process left."""
+        for job in self._server.storage.unfinished_jobs():
+            job.state = "queued"
+            self._spawn(job, self._resume(job))
+        self._sweeping = asyncio.create_task(self._sweep())
+
+    async def stop(self, timeout_s: float) -> None:
+        """Give running jobs ``timeout_s`` to end. What is left stays in the storage and runs in the next process."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks.values(), timeout=max(0.0, timeout_s))
+        for task in list(self._tasks.values()):
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def create(self, body: VideoFields, picture: bytes | None, **placing: Any) -> Job:
+        """Accept a job. Raises what ``AsyncOmni.submit`` raises; then there is no job."""
+        storage = self._server.storage
+        input_file = None if picture is None else await asyncio.to_thread(storage.put_file, picture, "input")
+        job = Job(fields=body.model_dump(exclude_none=True, exclude_defaults=True), input_file=input_file)
+        # Before it is queued: a job that was accepted must be found after a crash.
+        await asyncio.to_thread(storage.put_job, job)
+        try:
+            watcher = await self._submit(job, body, picture, **placing)
+        except BaseException:
+            storage.delete_job(job)
+            raise
+        self._spawn(job, self._follow(job, watcher))
+        return job
+
+    async def delete(self, job: Job) -> None:
+        """End a job if it runs, and drop it and its file."""
+        task = self._tasks.pop(job.id, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        self._server.omni.abort(job.id)
+        await asyncio.to_thread(self._server.storage.delete_job, job)
+
+    def _spawn(self, job: Job, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks[job.id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(job.id, None))
+
+    async def _submit(self, job: Job, body: VideoFields, picture: bytes | None, **placing: Any) -> Watcher:
+        omni = self._server.omni
+        watcher = Watcher()
+        params = body.video_params(omni.engine)
+        await omni.submit(
+            video_prompt(body, picture), params, watcher=watcher, request_id=job.id, kind="video", **placing
+        )
+        return watcher
+
+    async def _resume(self, job: Job) -> None:
+        try:
+            body = VideoFields.model_validate(job.fields)
+            path = None if job.input_file is None else self._server.storage.file(job.input_file)
+            picture = None if path is None else await asyncio.to_thread(path.read_bytes)
+            watcher = await self._submit(job, body, picture, client=body.client, priority=body.priority, must_take=True)
+        except Exception as error:
+            await self._fail(job, as_api_error(error))
+            return
+        await self._follow(job, watcher)
+
+    async def _follow(self, job: Job, watcher: Watcher) -> None:
+        try:
+            async for event in watcher.events():
+                if isinstance(event, StepProgress) and job.state == "queued":
+                    await self._begin(job)
+                elif isinstance(event, OmniRequestOutput):
+                    await self._end(job, event)
+        except Exception as error:
+            logger.exception("the job %s failed", job.id)
+            await self._fail(job, as_api_error(error))
+        finally:
+            self._server.omni.abort(job.id)
+
+    async def _begin(self, job: Job) -> None:
+        job.state, job.num_starts = "in_progress", job.num_starts + 1
+        if job.num_starts > _MAX_STARTS:
+            text = f"the server ended {_MAX_STARTS} times while this job ran; it is not tried again"
+            await self._fail(job, ApiError(500, text, code="too_many_restarts"))
+            self._server.omni.abort(job.id)
+            return
+        await asyncio.to_thread(self._server.storage.put_job, job)
+
+    async def _end(self, job: Job, output: OmniRequestOutput) -> None:
+        if job.state == "failed" or (output.finish_reason == "aborted" and self._server.is_draining):
+            return  # told already, or left for the next process
+        if not output.finished:
+            error = output.error or ApiError(409, f"{job.id} was cancelled", code="cancelled")
+            await self._fail(job, as_api_error(error))
+            return
+        assert output.receipt is not None, "a finished request has a receipt"
+        fps = output.receipt.fps
+        assert fps is not None, "a video model resolves fps"
+        content = await asyncio.to_thread(encode_video, output.images[0], fps)
+        job.file = await asyncio.to_thread(self._server.storage.put_file, content, "mp4")
+        job.state, job.completed, job.result = "completed", int(time.time()), self._server.receipt(output)
+        await asyncio.to_thread(self._server.storage.put_job, job)
+
+    async def _fail(self, job: Job, error: ApiError) -> None:
+        job.state, job.completed, job.error = "failed", int(time.time()), error.body()["error"]
+        await asyncio.to_thread(self._server.storage.put_job, job)
+
+    async def _sweep(self) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(self._server.storage.sweep)
+            except OSError:
+                logger.exception("old results could not be dropped")
+            await asyncio.sleep(_SECONDS_BETWEEN_SWEEPS)
+
+
+def video_prompt(body: VideoFields, picture: bytes | None) -> OmniPrompt:
+    """The engine's prompt. The picture is an encoded file: the model's pre-processing checks and decodes it."""
+    prompt: OmniPrompt = {"prompt": body.prompt}
+    if body.negative_prompt is not None:
+        prompt["negative_prompt"] = body.negative_prompt
+    if picture is not None:
+        prompt["multi_modal_data"] = {"image": picture}
+    return prompt
