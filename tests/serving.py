@@ -14,7 +14,7 @@ import openai
 
 from vllm_omni import AsyncOmni
 from vllm_omni.entrypoints.openai.config import ServerConfig
-from vllm_omni.entrypoints.openai.run import HttpServer
+from vllm_omni.entrypoints.openai.run import HttpServer, bind
 
 # Small enough that a test is quick, large enough for the shipped model's patches.
 SMALL: dict[str, Any] = {"size": "64x64", "extra_body": {"num_inference_steps": 3, "seed": 1}}
@@ -64,7 +64,8 @@ def _read(response: Any, status: int) -> tuple[int, Any, Any]:
 @contextmanager
 def running_server(omni: AsyncOmni, **config: Any):
     """Serve ``omni`` on a free port until the end of the block. The engine stays open."""
-    server = HttpServer(omni, ServerConfig(**({"port": 0, "drain_timeout_s": 5} | config)), None)
+    options = ServerConfig(**({"port": 0, "drain_timeout_s": 5} | config))
+    server = HttpServer(omni, options, None, bind(options))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

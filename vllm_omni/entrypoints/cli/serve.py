@@ -10,7 +10,7 @@ from vllm_omni.diffusion.data import TASKS
 from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.cli.arguments import add_engine_arguments, add_field_arguments, engine_values
 from vllm_omni.entrypoints.openai.config import ServerConfig
-from vllm_omni.entrypoints.openai.run import HttpServer
+from vllm_omni.entrypoints.openai.run import HttpServer, bind
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,5 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     given = vars(arguments)
     names = {field.name for field in dataclasses.fields(ServerConfig)}
     config = ServerConfig(**{"api_key": envs.api_key()} | {name: given[name] for name in names & given.keys()})
-    with AsyncOmni(arguments.model, task=arguments.task, max_queue=config.max_queue, **engine_values(given)) as omni:
-        HttpServer(omni, config, arguments.model).run()
+    with bind(config) as listener:
+        omni = AsyncOmni(arguments.model, task=arguments.task, max_queue=config.max_queue, **engine_values(given))
+        with omni:
+            HttpServer(omni, config, arguments.model, listener).run()

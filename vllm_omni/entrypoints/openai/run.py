@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -17,16 +18,35 @@ from vllm_omni.entrypoints.openai.config import ServerConfig
 from vllm_omni.entrypoints.openai.fetch import MediaFetcher
 from vllm_omni.entrypoints.openai.server import Server, served_name
 from vllm_omni.entrypoints.openai.storage import Storage
+from vllm_omni.errors import InvalidConfigError
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """The socket that a server will listen on, taken before a model is loaded for nothing.
+
+    Raises ``InvalidConfigError`` for an address that cannot be had.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        raise InvalidConfigError(
+            f"host={config.host!r}, port={config.port}: {error.strerror or error}; choose another", option="port"
+        ) from error
+    return listener
 
 
 class HttpServer(uvicorn.Server):
-    """Serves ``omni`` until SIGTERM or SIGINT.
+    """Serves ``omni`` on the socket of :func:`bind` until SIGTERM or SIGINT.
 
     From then on nothing new is accepted, what runs has ``drain_timeout_s`` to finish, and :meth:`run` returns, so that
     the process exits with status 0. A second SIGINT ends at once.
     """
 
-    def __init__(self, omni: AsyncOmni, config: ServerConfig, model: str | None) -> None:
+    def __init__(self, omni: AsyncOmni, config: ServerConfig, model: str | None, listener: socket.socket) -> None:
+        self._listener = listener
         self.state = Server(
             omni=omni,
             config=config,
@@ -39,8 +59,6 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(self.state),
-                host=config.host,
-                port=config.port,
                 log_level="warning",
                 timeout_graceful_shutdown=max(1, round(config.drain_timeout_s)),
                 server_header=False,
@@ -49,18 +67,21 @@ class HttpServer(uvicorn.Server):
 
     @property
     def address(self) -> str:
-        """Where it listens, as ``http://HOST:PORT``. Known once it has started."""
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        """Where it listens, as ``http://HOST:PORT``."""
+        host, port = self._listener.getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
-    async def startup(self, sockets: object = None) -> None:
-        await super().startup()
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        super().run([self._listener] if sockets is None else sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
         if self.started:
             print(f"serving {self.state.model_name} at {self.address}", flush=True)  # noqa: T201  # what a user waits for
 
-    async def shutdown(self, sockets: object = None) -> None:
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.state.is_draining = True
-        await super().shutdown()
+        await super().shutdown(sockets)
         self.state.storage.close()
 
     @contextmanager
