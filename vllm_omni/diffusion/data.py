@@ -160,6 +160,11 @@ class OmniDiffusionConfig:
         for part in (self, self.parallel_config, self.cache, self.memory):
             for option in _plain_fields(type(part)):
                 _check_option(option, getattr(part, option.name))
+        budget = self.memory_budget_mb
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+            raise InvalidConfigError(
+                f"memory_budget_mb={budget!r} must be an integer of at least 1", option="memory_budget_mb"
+            )
 
     @classmethod
     def from_options(cls, *, model: str, model_class_name: str, **options: Any) -> OmniDiffusionConfig:
