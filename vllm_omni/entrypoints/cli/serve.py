@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 
 from vllm_omni import envs
 from vllm_omni.diffusion.data import TASKS
@@ -30,6 +31,8 @@ def run(arguments: argparse.Namespace) -> None:
     given = vars(arguments)
     names = {field.name for field in dataclasses.fields(ServerConfig)}
     config = ServerConfig(**{"api_key": envs.api_key()} | {name: given[name] for name in names & given.keys()})
+    # The engine's thread works in many short pieces; it must not wait 5 ms for the event loop between each two.
+    sys.setswitchinterval(0.0005)
     with bind(config) as listener:
         omni = AsyncOmni(arguments.model, task=arguments.task, max_queue=config.max_queue, **engine_values(given))
         with omni:

@@ -1,0 +1,165 @@
+"""What a server costs and what its scheduler gains, each against what it must be held against, in one run.
+
+    python -m benchmarks.serving throughput --json benchmarks/results/serving_throughput.json
+    python -m benchmarks.serving mixed --json benchmarks/results/serving_mixed.json
+
+``throughput``: pictures per second of clients that keep a server busy, beside ``Omni.generate`` of as many at once.
+``mixed``: nine of ten requests are small, the tenth takes twenty times as many steps. The 95th percentile of the small
+ones' latency and the throughput, with the default policy and with whole requests one after the other (``fcfs`` with one
+seat). Each server is a process of its own; both get the same requests from the same number of clients. All arguments
+after ``--`` are given to the servers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from benchmarks.report import write_json
+from vllm_omni import Omni, OmniDiffusionSamplingParams
+
+PROMPT = "a large red circle left of a small blue square on a yellow background"
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests by their number of steps, and how many clients send them, each waiting for its answer."""
+
+    steps: tuple[int, ...]
+    num_clients: int
+    side: int
+
+
+@contextmanager
+def server(*options: str) -> Iterator[str]:
+    """The address of a server in a process of its own."""
+    command = [sys.executable, "-m", "vllm_omni", "serve", "--port", "0", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None, "it is a pipe"
+    line = process.stdout.readline()
+    if not line.startswith("serving"):
+        raise RuntimeError(f"the server did not start: {' '.join(command)}")
+    try:
+        yield line.split()[-1]
+    finally:
+        process.terminate()
+        process.wait()
+        process.stdout.close()
+
+
+async def run_load(address: str, load: Load) -> tuple[float, list[tuple[int, float]]]:
+    """``(seconds of all, [(steps, latency in seconds), ...])``."""
+    waiting = list(enumerate(load.steps))[::-1]
+    latencies: list[tuple[int, float]] = []
+
+    async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=3600) as client:
+
+        async def send() -> None:
+            while waiting:
+                seed, steps = waiting.pop()
+                started = time.perf_counter()
+                extra = {"seed": seed, "num_inference_steps": steps}
+                size: Any = f"{load.side}x{load.side}"
+                await client.images.generate(prompt=PROMPT, size=size, extra_body=extra)
+                latencies.append((steps, time.perf_counter() - started))
+
+        started = time.perf_counter()
+        await asyncio.gather(*(send() for _ in range(load.num_clients)))
+        return time.perf_counter() - started, latencies
+
+
+def measure_throughput(args: argparse.Namespace) -> dict[str, Any]:
+    """Pictures per second, in turns of one and the other so that a drift of the machine touches both alike."""
+    load = Load((args.steps,) * args.num_requests, args.num_clients, args.side)
+    rates: dict[str, list[float]] = {"offline": [], "http": []}
+    with Omni(args.model, show_progress=False) as omni, server(*model_of(args), *args.options) as address:
+
+        def offline(num_requests: int) -> None:
+            params = [
+                OmniDiffusionSamplingParams(
+                    height=args.side, width=args.side, num_inference_steps=args.steps, seed=seed
+                )
+                for seed in range(num_requests)
+            ]
+            for start in range(0, num_requests, args.num_clients):
+                batch = params[start : start + args.num_clients]
+                omni.generate([PROMPT] * len(batch), batch)
+
+        offline(args.num_clients)
+        asyncio.run(run_load(address, Load((args.steps,) * 3 * args.num_clients, args.num_clients, args.side)))
+        for _ in range(args.trials):
+            started = time.perf_counter()
+            offline(args.num_requests)
+            rates["offline"].append(args.num_requests / (time.perf_counter() - started))
+            rates["http"].append(args.num_requests / asyncio.run(run_load(address, load))[0])
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return {"pictures_per_second": rates, "medians": medians, "ratio": medians["http"] / medians["offline"]}
+
+
+def measure_mixed(args: argparse.Namespace) -> dict[str, Any]:
+    """The same mixed load on a server of each policy."""
+    long_steps = 20 * args.steps
+    steps = [long_steps if index % 10 == 0 else args.steps for index in range(args.num_requests)]
+    random.Random(0).shuffle(steps)
+    load = Load(tuple(steps), args.num_clients, args.side)
+    policies = {"shortest": (), "whole requests, first come": ("--scheduling-policy", "fcfs", "--max-num-seqs", "1")}
+    results: dict[str, Any] = {"num_small": steps.count(args.steps), "num_long": steps.count(long_steps)}
+    for name, options in policies.items():
+        with server(*model_of(args), *options, *args.options) as address:
+            asyncio.run(run_load(address, Load((args.steps,) * 16, 4, args.side)))
+            seconds, latencies = asyncio.run(run_load(address, load))
+        small = [latency for num_steps, latency in latencies if num_steps == args.steps]
+        long = [latency for num_steps, latency in latencies if num_steps == long_steps]
+        results[name] = {
+            "requests_per_second": len(steps) / seconds,
+            "small_p95_s": statistics.quantiles(small, n=20)[-1],
+            "small_median_s": statistics.median(small),
+            "long_max_s": max(long),
+        }
+    ours, theirs = (results[name] for name in policies)
+    results["p95_gain"] = theirs["small_p95_s"] / ours["small_p95_s"]
+    results["throughput_ratio"] = ours["requests_per_second"] / theirs["requests_per_second"]
+    return results
+
+
+def model_of(args: argparse.Namespace) -> tuple[str, ...]:
+    return () if args.model is None else (args.model,)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("throughput", "mixed"))
+    parser.add_argument("--model", help="folder or hub id; absent: the model that ships along")
+    parser.add_argument("--side", type=int, default=256, help="pixels")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a (small) request")
+    parser.add_argument("--num-requests", type=int, default=64)
+    parser.add_argument("--num-clients", type=int, default=16)
+    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("options", nargs="*", help="options of the servers, after --")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
+    results = measure_throughput(args) if args.what == "throughput" else measure_mixed(args)
+    settings = {name: getattr(args, name) for name in ("side", "steps", "num_requests", "num_clients", "options")}
+    results = {"settings": settings, **results}
+    print(results)
+    write_json(args.json, results)
+
+
+if __name__ == "__main__":
+    main()
