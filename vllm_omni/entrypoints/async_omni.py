@@ -214,10 +214,16 @@ class AsyncOmni:
                 logger.exception("the engine failed")
                 self._end_all("failed", error)
             else:
-                for listener in self.listeners:
-                    listener(completed)
-                self.live.tell([*completed.progress, *completed.outputs])
+                self._tell(completed)
         self._end_all("aborted", None)
+
+    def _tell(self, completed: EngineRound) -> None:
+        for listener in self.listeners:
+            try:
+                listener(completed)
+            except Exception:
+                logger.exception("a listener failed; the engine goes on")
+        self.live.tell([*completed.progress, *completed.outputs])
 
     def _end_all(self, reason: Literal["failed", "aborted"], cause: Exception | None) -> None:
         """After a failure that no request caused: all get an error, and the engine goes on with later ones."""

@@ -86,6 +86,12 @@ def test_pictures_of_a_message_are_edited(tmp_path):
             with pytest.raises(openai.BadRequestError, match=text) as caught:
                 client.images.edit(image=("red.png", content, "image/png"), prompt="x", size="64x64")
             assert caught.value.param == "image"
+        bomb = io.BytesIO()
+        Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+        assert len(bomb.getvalue()) < 2**20
+        with pytest.raises(openai.BadRequestError, match="pixels") as caught:
+            client.images.edit(image=("bomb.png", bomb.getvalue(), "image/png"), prompt="x", size="64x64")
+        assert caught.value.param == "image"
         with pytest.raises(openai.BadRequestError) as caught:
             client.images.generate(prompt="x", size="64x64")
         assert caught.value.param == "image"

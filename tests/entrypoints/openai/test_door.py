@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
+import socket
+import threading
 
 import openai
 import pytest
 
 from tests.serving import SMALL, running_server
+from vllm_omni import AsyncOmni
 from vllm_omni.entrypoints.openai.config import ServerConfig
+from vllm_omni.entrypoints.openai.gate import Gate
 from vllm_omni.errors import InvalidConfigError
 
 GENERATIONS = "/v1/images/generations"
@@ -88,6 +93,84 @@ def test_a_body_of_unknown_length_is_counted_as_it_comes(guarded):
     with connection.getresponse() as response:
         assert response.status == 413
     connection.close()
+
+
+def test_a_body_that_stops_coming_is_not_waited_for(shipped_omni):
+    with running_server(shipped_omni, body_timeout_s=0.3) as running:
+        host, port = running.address.removeprefix("http://").split(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=60)
+        connection.putrequest("POST", GENERATIONS)
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", "100")
+        connection.endheaders(b'{"prompt": ')
+        with connection.getresponse() as response:
+            assert response.status == 408
+        connection.close()
+
+
+def test_a_client_that_does_not_read_is_let_go_and_harms_nobody():
+    ended = []
+
+    async def app(scope, receive, send):
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        finally:
+            ended.append(True)
+
+    async def never(message):
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    gate = Gate(app, ServerConfig(send_timeout_s=0.1), lambda scope, status: None)
+    with pytest.raises(OSError, match="unread"):
+        asyncio.run(gate(scope, None, never))
+    assert ended
+
+
+def test_a_stream_that_is_not_read_does_not_keep_others_waiting(server, client):
+    body = json.dumps({"prompt": "a red circle", "size": "256x256", "stream": True, "partial_images": 3}).encode()
+    head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    host, port = server.address.removeprefix("http://").split(":")
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        deaf.connect((host, int(port)))
+        deaf.sendall(f"{head}X-Request-Id: deaf\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        server.wait_until(lambda: (live := server.omni.live.find("deaf")) is not None and live.step > 0)
+        assert client.images.generate(prompt="a red circle", **SMALL).data
+        server.wait_until(lambda: server.omni.live.find("deaf").is_finished)
+        assert server.state_of("deaf") == "completed"
+
+
+def test_a_full_queue_is_a_429_that_says_when_to_come_again(qwen_folder):
+    with AsyncOmni(str(qwen_folder), max_num_seqs=1, max_queue=1) as omni, running_server(omni) as running:
+        long = {"prompt": "a cat", "size": "32x32", "num_inference_steps": 10_000}
+        threads = [threading.Thread(target=running.call, args=("POST", GENERATIONS, long)) for _ in range(2)]
+        for count, thread in enumerate(threads):
+            thread.start()
+            running.wait_until(lambda count=count: omni.engine.num_running + omni.engine.num_waiting > count)
+        with running.client() as openai_client, pytest.raises(openai.RateLimitError) as caught:
+            openai_client.images.generate(prompt="a cat", size="32x32")
+        assert int(caught.value.response.headers["Retry-After"]) >= 1
+        assert caught.value.code == "queue_full"
+        for live in omni.live.in_progress:
+            omni.abort(live.request_id)
+        for thread in threads:
+            thread.join(timeout=60)
+
+
+def test_an_error_inside_says_nothing_of_this_machine(server, client, monkeypatch):
+    pipeline = server.omni.engine._executor._worker._runner.pipeline
+
+    def fails(*_):
+        raise RuntimeError("cannot open /home/someone/secret.bin")
+
+    monkeypatch.setattr(pipeline, "predict", fails)
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.images.generate(prompt="a red circle", **SMALL)
+    assert (caught.value.code, "secret" in str(caught.value.body)) == ("internal_error", False)
+    assert "secret" not in str(server.call("GET", "/v1/requests")[2])
 
 
 def test_browsers_may_call_only_from_origins_that_are_allowed(server, guarded):

@@ -61,6 +61,16 @@ def test_a_stream_shows_partial_pictures_and_then_the_same_picture(client):
     assert np.abs(late.mean(axis=(0, 1)) - final.mean(axis=(0, 1))).max() < 50, "a preview has the picture's colours"
 
 
+def test_pictures_may_be_fetched_from_an_address(client, server):
+    answer = client.images.generate(prompt=PROMPT, response_format="url", output_format="webp", **SMALL)
+    assert answer.data[0].b64_json is None
+    path = answer.data[0].url.removeprefix(server.address)
+    assert path.startswith("/files/")
+    status, headers, content = server.call("GET", path)
+    assert (status, headers["Content-Type"]) == (200, "image/webp")
+    assert Image.open(io.BytesIO(content)).size == (64, 64)
+
+
 @pytest.mark.parametrize(
     ("num_steps", "num_previews", "steps"),
     [(9, 2, {3, 6}), (20, 3, {5, 10, 15}), (20, 0, set()), (1, 3, set()), (2, 3, {1}), (4, 1, {2})],

@@ -104,16 +104,14 @@ class Engine:
         factor = self._spec.temporal_factor
         return max(1, round((seconds * rate - 1) / factor) * factor + 1)
 
-    def eta_s(self, request_id: str) -> float | None:
-        """Estimated seconds until a request is done, None if it is not in progress."""
-        return self._scheduler.seconds_left(request_id)
+    def seconds_left(self) -> dict[str, float]:
+        """Estimated seconds until each request in hand is done, by id, the first to be served first."""
+        return self._scheduler.seconds_left()
 
     @property
     def seconds_of_work(self) -> float:
         """Estimated seconds until every request in hand is done."""
-        seconds = self._scheduler.seconds_left()
-        assert seconds is not None, "only one request may be not in progress"
-        return seconds
+        return max(self.seconds_left().values(), default=0.0)
 
     @property
     def output_kind(self) -> Literal["image", "video"]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Iterable
+from collections import Counter
+from typing import Any
 
 from vllm_omni.diffusion.engine.memory_budget import MemoryBudget, output_volume
 from vllm_omni.diffusion.engine.policies import Moment, ScheduledRequest, rank
@@ -98,17 +99,18 @@ class Scheduler:
         """Needed and available bytes of a request that does not fit even alone."""
         return self._budget.shortage(scheduled)
 
-    def seconds_left(self, request_id: str | None = None) -> float | None:
-        """Estimated seconds until a request is done, or until all are; None for one that is not in progress."""
+    def seconds_left(self) -> dict[str, float]:
+        """Estimated seconds until each request is done, by id, the first to be served first."""
         with self._lock:
-            if request_id is not None and request_id not in self._running and request_id not in self._waiting:
-                return None
-            total, ranked = 0.0, self._ranked()
+            total, left, ranked = 0.0, {}, self._ranked()
+            num_rows = Counter[Any]()
             for item in ranked:
-                total += item.num_steps_left * item.num_rows * self._shared_row_seconds(item, ranked)
-                if item.request_id == request_id:
-                    return total
-            return total if request_id is None else None
+                num_rows[item.shape] += item.num_rows
+            for item in ranked:
+                row_seconds = self._costs.row_seconds(item.shape, item.volume, num_rows[item.shape])
+                total += item.num_steps_left * item.num_rows * row_seconds
+                left[item.request_id] = total
+            return left
 
     def schedule(self, max_batch_size: int) -> tuple[WorkerCommand, list[ScheduledRequest]]:
         """The next round of work, and the requests that were aborted since the last one."""
@@ -186,10 +188,6 @@ class Scheduler:
             self._ranking = sorted(self._all(), key=lambda item: rank(self._policy, item, moment))
             self._ranked_at = now
         return self._ranking
-
-    def _shared_row_seconds(self, item: ScheduledRequest, others: Iterable[ScheduledRequest]) -> float:
-        alike = sum(other.num_rows for other in others if other.shape == item.shape)
-        return self._costs.row_seconds(item.shape, item.volume, alike)
 
     def _next_group(self, max_batch_size: int) -> list[ScheduledRequest]:
         """The requests that step together: the first of the ranking that may run, and others that share its step."""

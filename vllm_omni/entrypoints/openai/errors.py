@@ -54,12 +54,15 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, self.headers)
 
 
-def as_api_error(error: BaseException) -> ApiError:
-    """How an error of the engine is told. An error of ours says nothing of this machine; others go to the log alone."""
+def as_api_error(error: BaseException, *, log: bool = True) -> ApiError:
+    """How an error of the engine is told. An error of ours says nothing of this machine; others go to the log alone.
+
+    ``log=False`` is for one that was told before.
+    """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, GenerationError) and error.__cause__ is not None:
-        return as_api_error(error.__cause__)
+        return as_api_error(error.__cause__, log=log)
     if isinstance(error, InvalidRequestError):
         return ApiError(400, str(error), code="invalid_value", param=error.param)
     if isinstance(error, QueueFullError):
@@ -73,7 +76,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(500, str(error), code="non_finite_output")
     if isinstance(error, EngineFailureError):
         return ApiError(500, "the engine failed while the request ran; send it again", code="engine_failure")
-    logger.error("a request failed inside", exc_info=error)
+    if log:
+        logger.error("a request failed inside", exc_info=error)
     return ApiError(500, "the request failed inside the server; its log has the cause", code="internal_error")
 
 

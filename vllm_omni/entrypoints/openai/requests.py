@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -26,15 +26,16 @@ _SECONDS_BETWEEN_SIGNS_OF_LIFE = 15.0
 @router.get("")
 async def list_requests(request: Request) -> dict[str, Any]:
     """Requests in progress, and the last finished ones, in the order in which they came."""
-    server = server_of(request)
-    return {"object": "list", "data": [describe(server, live) for live in server.omni.live.all()]}
+    omni = server_of(request).omni
+    seconds_left = omni.engine.seconds_left()
+    return {"object": "list", "data": [describe(live, seconds_left) for live in omni.live.all()]}
 
 
 @router.get("/{request_id}")
 async def retrieve_request(request_id: str, request: Request) -> dict[str, Any]:
     """One request by its id."""
     server = server_of(request)
-    return describe(server, _found(server, request_id))
+    return describe(_found(server, request_id), server.omni.engine.seconds_left())
 
 
 @router.get("/{request_id}/events")
@@ -71,14 +72,14 @@ async def change_priority(request_id: str, body: PriorityFields, request: Reques
     live = _found(server, request_id)
     if not server.omni.set_priority(request_id, body.priority):
         raise _ended(live)
-    return describe(server, live)
+    return describe(live, server.omni.engine.seconds_left())
 
 
 def _ended(live: LiveRequest) -> ApiError:
     return ApiError(409, f"{live.request_id} has ended ({live.state})", code="request_finished", param="request_id")
 
 
-def describe(server: Server, live: LiveRequest) -> dict[str, Any]:
+def describe(live: LiveRequest, seconds_left: Mapping[str, float]) -> dict[str, Any]:
     """A request without its outputs."""
     return {
         "id": live.request_id,
@@ -91,11 +92,11 @@ def describe(server: Server, live: LiveRequest) -> dict[str, Any]:
         "step": live.step,
         "num_steps": live.num_steps,
         "progress": live.step / live.num_steps,
-        "eta_s": server.omni.engine.eta_s(live.request_id),
+        "eta_s": seconds_left.get(live.request_id),
         "priority": live.priority,
         "created_at": live.created,
         "finished_at": live.finished,
-        "error": None if live.error is None else as_api_error(live.error).body()["error"],
+        "error": None if live.error is None else as_api_error(live.error, log=False).body()["error"],
     }
 
 
@@ -115,7 +116,8 @@ class _Paced:
 
 async def _events(server: Server, live: LiveRequest, watcher: Watcher | None) -> AsyncIterator[str]:
     """``progress`` after steps, and a last event named by how the request ended."""
-    yield sse(describe(server, live), "progress")
+    seconds_left = server.omni.engine.seconds_left
+    yield sse(describe(live, seconds_left()), "progress")
     while watcher is not None and not live.is_finished:
         try:
             event: RequestEvent = await asyncio.wait_for(watcher.get(), _SECONDS_BETWEEN_SIGNS_OF_LIFE)
@@ -123,12 +125,12 @@ async def _events(server: Server, live: LiveRequest, watcher: Watcher | None) ->
             yield ": still here\n\n"
             continue
         if isinstance(event, StepProgress):
-            content = describe(server, live)
+            content = describe(live, seconds_left())
             if event.preview is not None:
                 file = await asyncio.to_thread(encode_preview, event.preview[0], None, "jpeg")
                 content["preview"] = data_url(file, "jpeg")
             yield sse(content, "progress")
-    yield sse(describe(server, live), live.state)
+    yield sse(describe(live, {}), live.state)
 
 
 def _found(server: Server, request_id: str) -> LiveRequest:

@@ -135,7 +135,7 @@ def describe(server: Server, job: Job) -> dict[str, Any]:
         "prompt": job.fields.get("prompt"),
         "size": f"{params['width']}x{params['height']}" if params.get("width") else job.fields.get("size"),
         "seconds": f"{frames / fps:g}" if frames and fps else job.fields.get("seconds"),
-        "eta_s": server.omni.engine.eta_s(job.id),
+        "eta_s": None if live is None or live.is_finished else server.omni.engine.seconds_left().get(job.id),
         "error": job.error,
         "receipt": job.result.get("receipt"),
         "timings": job.result.get("timings"),
