@@ -274,14 +274,18 @@ def test_a_request_that_fits_not_even_alone_is_told_so(clock):
     device.add(request("small", steps=1))
     device.run()
     assert device.scheduler.shortage(request("small")) is None
+    assert device.scheduler.shortage(request("huge", side=2048)) is None, "too far from what was measured to tell"
     needed, available = device.scheduler.shortage(request("large", side=1024))
     assert (needed, available) == (2000 * MB, 1000 * MB)
 
 
 def test_without_a_limit_the_budget_is_what_the_device_has_left():
     budget = MemoryBudget()
-    budget.observe("state", 512**2, 100 * MB)
     assert budget.fits([], request("a"))
+    assert not budget.fits([request("b")], request("a")), "nothing was measured, so it must run alone"
+    assert MemoryBudget(is_cautious=False).fits([request("b")], request("a"))
+    budget.observe("state", 512**2, 100 * MB)
+    assert not budget.fits([request("b")], request("a")), "and the device was not asked"
     budget.observe_free(400 * MB, [request("a")])
     assert budget.fits([request("b")] * 3, request("a"))
     assert not budget.fits([request("b")] * 4, request("a"))

@@ -64,8 +64,9 @@ class Engine:
         self._pre_process = _built(model.get_pre_process_func, od_config)
         self._results = Results(od_config, self._spec, _built(model.get_post_process_func, od_config))
         limit = None if od_config.memory_budget_mb is None else od_config.memory_budget_mb * 2**20
+        budget = MemoryBudget(limit, is_cautious=is_online)
         policy = od_config.scheduling_policy or ("shortest" if is_online else "fcfs")
-        self._scheduler = Scheduler(od_config.max_num_seqs, policy, MemoryBudget(limit), measured_batches=is_online)
+        self._scheduler = Scheduler(od_config.max_num_seqs, policy, budget, measured_batches=is_online)
         self._tracked: dict[str, TrackedRequest] = {}
         self._executor: Executor | None = InProcessExecutor(od_config, on_load_progress)
         self.has_previews = self._is_stepped and LatentPreview.load(od_config.model) is not None

@@ -6,6 +6,7 @@ it lasts: a step of a batch, or a decoding. Both grow with the number of pixels.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Literal
 
@@ -15,20 +16,30 @@ Kind = Literal["state", "step", "decode"]
 
 # Allocators keep pieces that fit nothing, so not all that is free can be used.
 _USABLE = 0.9
+# How far up a measurement is extrapolated.
+_FURTHEST = 4
 
 
 class MemoryBudget:
-    """Sizes in bytes, volumes in pixels of all rows or outputs together."""
+    """Sizes in bytes, volumes in pixels of all rows or outputs together.
 
-    def __init__(self, limit_bytes: int | None = None) -> None:
+    ``is_cautious``: until something was measured, a request begins only when no other is in progress.
+    """
+
+    def __init__(self, limit_bytes: int | None = None, *, is_cautious: bool = True) -> None:
         self._limit = limit_bytes
+        self._is_cautious = is_cautious
         self._capacity: float | None = limit_bytes
         self._measured: dict[Kind, dict[int, int]] = {"state": {}, "step": {}, "decode": {}}
+        self._num_measured = Counter[tuple[Kind, int]]()
 
     def observe(self, kind: Kind, volume: int, num_bytes: int) -> None:
-        """Work or a state of ``volume`` pixels took ``num_bytes``."""
-        known = self._measured[kind]
-        known[volume] = max(known.get(volume, 0), num_bytes)
+        """Work or a state of ``volume`` pixels took ``num_bytes``.
+
+        The last measurement counts: the first also pays for what libraries set up once.
+        """
+        self._measured[kind][volume] = num_bytes
+        self._num_measured[kind, volume] += 1
 
     def observe_free(self, free_bytes: int, running: Iterable[ScheduledRequest]) -> None:
         """The device has ``free_bytes`` left beside the states of the ``running`` requests."""
@@ -36,13 +47,15 @@ class MemoryBudget:
             self._capacity = _USABLE * (free_bytes + self._states(running))
 
     def is_measured(self, kind: Kind, volume: int) -> bool:
-        return volume in self._measured[kind]
+        return self._num_measured[kind, volume] > 1
 
     def fits(self, running: Iterable[ScheduledRequest], candidate: ScheduledRequest) -> bool:
-        """Whether ``candidate`` can join. What was never measured fits: running it is how it is measured."""
-        if self._capacity is None:
-            return True
+        """Whether ``candidate`` can join. Alone it can in any case: running it is how its need is measured."""
         together = [*running, candidate]
+        if len(together) == 1:
+            return True
+        if self._capacity is None or not self._measured["state"]:
+            return not self._is_cautious
         return self._states(together) + max(self._work(item) for item in together) <= self._capacity
 
     def rows_that_fit(self, running: Iterable[ScheduledRequest], leader: ScheduledRequest, num_rows: int) -> int:
@@ -55,8 +68,15 @@ class MemoryBudget:
 
     def shortage(self, candidate: ScheduledRequest) -> tuple[float, float] | None:
         """Needed and available bytes of a request that would not fit even alone; None if it would."""
+        if not self._is_known(candidate):
+            return None
         needed = self._states([candidate]) + self._work(candidate)
         return None if self._capacity is None or needed <= self._capacity else (needed, self._capacity)
+
+    def _is_known(self, item: ScheduledRequest) -> bool:
+        """Whether something not much smaller was measured: from far below, what is fixed counts many times."""
+        volume = output_volume(item)
+        return any(volume <= _FURTHEST * measured for measured in self._measured["state"])
 
     def _states(self, requests: Iterable[ScheduledRequest]) -> float:
         return sum(self._estimate("state", output_volume(item)) for item in requests)

@@ -215,7 +215,7 @@ class Scheduler:
 
     def _has_room(self, group: list[ScheduledRequest], item: ScheduledRequest) -> bool:
         running = [*self._running.values(), *(other for other in group if other.request_id in self._waiting)]
-        return not running or (len(running) < self._max_num_seqs and self._budget.fits(running, item))
+        return len(running) < self._max_num_seqs and self._budget.fits(running, item)
 
     def _rows_together(self, leader: ScheduledRequest, ranked: list[ScheduledRequest], max_batch_size: int) -> int:
         if not leader.can_share:
