@@ -34,7 +34,7 @@ def layer_norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tenso
     if kernels.take(x):
         from vllm_omni.diffusion.layers.kernels import norm
 
-        output: torch.Tensor = norm.layer_norm_modulate(x, _by_group(scale, x), _by_group(shift, x), eps, False)[0]
+        output: torch.Tensor = norm.layer_norm_modulate_op(x, _by_group(scale, x), _by_group(shift, x), eps, False)[0]
         return output
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale).to(x.dtype)
 
@@ -58,7 +58,7 @@ def gated_residual_norm_modulate(
 
         grouped = (_by_group(values, residual) for values in (gate, scale, shift))
         gate, scale, shift = grouped
-        summed, output, _ = norm.gated_residual_norm_modulate(residual, gate, update, scale, shift, eps, False)
+        summed, output, _ = norm.gated_residual_norm_modulate_op(residual, gate, update, scale, shift, eps, False)
         return summed, output
     summed = gated_residual(residual, gate, update)
     return summed, layer_norm_modulate(summed, scale, shift, eps)

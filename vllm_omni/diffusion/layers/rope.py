@@ -78,10 +78,10 @@ class QKNormRope(nn.Module):
             part.unflatten(-1, (-1, head_size)) for part in qkv.split([n * head_size for n in heads], dim=-1)
         )
         if kernels.take(qkv):
-            from vllm_omni.diffusion.layers.kernels.rope import qk_norm_rope
+            from vllm_omni.diffusion.layers.kernels.rope import qk_norm_rope_op
 
             first = TextNorms(norm_query, norm_key, 0) if text is None else text
-            query, key = qk_norm_rope(
+            query, key = qk_norm_rope_op(
                 qkv,
                 norm_query.weight,
                 norm_key.weight,

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
 
-from vllm_omni.diffusion.layers.kernels.launch import block_of, rows_of, traceable
+from vllm_omni.diffusion.layers.kernels.launch import block_of, operator, rows_of
 
 
 @triton.jit
@@ -40,7 +39,8 @@ def _layer_norm_modulate(
     out_scale,
     rows_per_group,
     eps,
-    stride: tl.constexpr,
+    scale_stride: tl.constexpr,
+    shift_stride: tl.constexpr,
     width: tl.constexpr,
     BLOCK: tl.constexpr,
     QUANTIZE: tl.constexpr,
@@ -51,8 +51,8 @@ def _layer_norm_modulate(
     mask = columns < width
     values = tl.load(x + row * width + columns, mask=mask, other=0.0).to(tl.float32)
     normalized = _normalized(values, width, eps, columns, mask)
-    row_scale = tl.load(scale + group * stride + columns, mask=mask, other=0.0).to(tl.float32)
-    row_shift = tl.load(shift + group * stride + columns, mask=mask, other=0.0).to(tl.float32)
+    row_scale = tl.load(scale + group * scale_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    row_shift = tl.load(shift + group * shift_stride + columns, mask=mask, other=0.0).to(tl.float32)
     _store_row(normalized * (1.0 + row_scale) + row_shift, out, out_scale, row, width, columns, mask, QUANTIZE)
 
 
@@ -68,7 +68,9 @@ def _gated_residual_norm_modulate(
     out_scale,
     rows_per_group,
     eps,
-    stride: tl.constexpr,
+    gate_stride: tl.constexpr,
+    scale_stride: tl.constexpr,
+    shift_stride: tl.constexpr,
     width: tl.constexpr,
     BLOCK: tl.constexpr,
     QUANTIZE: tl.constexpr,
@@ -79,17 +81,16 @@ def _gated_residual_norm_modulate(
     mask = columns < width
     values = tl.load(residual + row * width + columns, mask=mask, other=0.0).to(tl.float32)
     row_update = tl.load(update + row * width + columns, mask=mask, other=0.0).to(tl.float32)
-    row_gate = tl.load(gate + group * stride + columns, mask=mask, other=0.0).to(tl.float32)
+    row_gate = tl.load(gate + group * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
     values = (values + row_gate * row_update).to(summed.dtype.element_ty)
     tl.store(summed + row * width + columns, values, mask=mask)
     # From the rounded sum, as whoever reads it again will see it.
     normalized = _normalized(values.to(tl.float32), width, eps, columns, mask)
-    row_scale = tl.load(scale + group * stride + columns, mask=mask, other=0.0).to(tl.float32)
-    row_shift = tl.load(shift + group * stride + columns, mask=mask, other=0.0).to(tl.float32)
+    row_scale = tl.load(scale + group * scale_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    row_shift = tl.load(shift + group * shift_stride + columns, mask=mask, other=0.0).to(tl.float32)
     _store_row(normalized * (1.0 + row_scale) + row_shift, out, out_scale, row, width, columns, mask, QUANTIZE)
 
 
-@triton_op("vllm_omni::layer_norm_modulate", mutates_args=())
 def layer_norm_modulate(
     x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, quantize: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,7 +103,7 @@ def layer_norm_modulate(
     out, out_scale = _outputs(x, quantize)
     num_rows, width = rows_of(x), x.shape[-1]
     block, num_warps = block_of(width)
-    traceable(_layer_norm_modulate)[(num_rows,)](
+    _layer_norm_modulate[(num_rows,)](
         x,
         scale,
         shift,
@@ -110,7 +111,8 @@ def layer_norm_modulate(
         out_scale,
         num_rows // scale.shape[0],
         eps,
-        stride=_stride(scale, shift),
+        scale_stride=_stride(scale),
+        shift_stride=_stride(shift),
         width=width,
         BLOCK=block,
         QUANTIZE=quantize,
@@ -119,7 +121,6 @@ def layer_norm_modulate(
     return out, out_scale
 
 
-@triton_op("vllm_omni::gated_residual_norm_modulate", mutates_args=())
 def gated_residual_norm_modulate(
     residual: torch.Tensor,
     gate: torch.Tensor,
@@ -131,14 +132,15 @@ def gated_residual_norm_modulate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``residual and update [..., D], gate, scale, shift [G, D] -> sum [..., D], modulated [..., D], scales [..., 1]``.
 
-    The sum is ``residual + gate * update``; the other results are those of :func:`layer_norm_modulate` of it.
+    The sum is ``residual + gate * update``; the other results are those of :func:`layer_norm_modulate` of it. Gate, or
+    scale and shift, may be one row for all.
     """
     residual, update = residual.contiguous(), update.contiguous()
     out, out_scale = _outputs(residual, quantize)
     summed = torch.empty_like(residual)
     num_rows, width = rows_of(residual), residual.shape[-1]
     block, num_warps = block_of(width)
-    traceable(_gated_residual_norm_modulate)[(num_rows,)](
+    _gated_residual_norm_modulate[(num_rows,)](
         residual,
         gate,
         update,
@@ -147,9 +149,11 @@ def gated_residual_norm_modulate(
         summed,
         out,
         out_scale,
-        num_rows // scale.shape[0],
+        num_rows // max(gate.shape[0], scale.shape[0]),
         eps,
-        stride=_stride(gate, scale, shift),
+        gate_stride=_stride(gate),
+        scale_stride=_stride(scale),
+        shift_stride=_stride(shift),
         width=width,
         BLOCK=block,
         QUANTIZE=quantize,
@@ -160,12 +164,23 @@ def gated_residual_norm_modulate(
 
 def _outputs(x: torch.Tensor, quantize: bool) -> tuple[torch.Tensor, torch.Tensor]:
     if quantize:
-        return torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    return torch.empty_like(x), x.new_empty((0,), dtype=torch.float32)
+        return (
+            torch.empty_like(x, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format),
+            x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),
+        )
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty((0,), dtype=torch.float32)
 
 
-def _stride(*by_group: torch.Tensor) -> int:
-    """From one group's values to the next one's. They are parts of one tensor."""
-    stride = by_group[0].stride(0)
-    assert all(values.stride(0) == stride or values.shape[0] == 1 for values in by_group), "groups lie unlike"
-    return stride
+def _stride(by_group: torch.Tensor) -> int:
+    """From one group's values to the next one's; 0 where all groups share them."""
+    return by_group.stride(0) if by_group.shape[0] > 1 else 0
+
+
+layer_norm_modulate_op = operator(layer_norm_modulate, lambda x, scale, shift, eps, quantize: _outputs(x, quantize))
+gated_residual_norm_modulate_op = operator(
+    gated_residual_norm_modulate,
+    lambda residual, gate, update, scale, shift, eps, quantize: (
+        torch.empty_like(residual, memory_format=torch.contiguous_format),
+        *_outputs(residual, quantize),
+    ),
+)

@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
 
-from vllm_omni.diffusion.layers.kernels.launch import block_of, traceable
+from vllm_omni.diffusion.layers.kernels.launch import operator
 
 
 @triton.jit
@@ -29,45 +28,49 @@ def _quantize_rows(
     x_stride: tl.constexpr,
     prefix_width: tl.constexpr,
     width: tl.constexpr,
-    PREFIX_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
     GELU: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < width
-    values = tl.load(x + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    if GELU:
-        values = _gelu_tanh(values)
-    largest = tl.max(tl.abs(values), axis=0)
-    if prefix_width > 0:
-        prefix_columns = tl.arange(0, PREFIX_BLOCK)
-        prefix_mask = prefix_columns < prefix_width
-        first = tl.load(prefix + row * prefix_stride + prefix_columns, mask=prefix_mask, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.abs(first), axis=0))
-    row_scale = tl.maximum(largest, 1e-12) / 448.0
+    columns = tl.arange(0, CHUNK)
+    # The row stays in registers, in as many pieces as it takes: a block of a power of two would be a quarter empty.
+    pieces = ()
+    largest = tl.zeros((CHUNK,), dtype=tl.float32)
+    for start in tl.static_range(0, prefix_width, CHUNK):
+        piece = tl.load(
+            prefix + row * prefix_stride + start + columns, mask=start + columns < prefix_width, other=0.0
+        ).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(piece))
+        pieces = pieces + (piece,)  # noqa: RUF005
+    for start in tl.static_range(0, width, CHUNK):
+        piece = tl.load(x + row * x_stride + start + columns, mask=start + columns < width, other=0.0).to(tl.float32)
+        if GELU:
+            piece = _gelu_tanh(piece)
+        largest = tl.maximum(largest, tl.abs(piece))
+        pieces = pieces + (piece,)  # noqa: RUF005
+    row_scale = tl.maximum(tl.max(largest, axis=0), 1e-12) / 448.0
     tl.store(out_scale + row, row_scale)
+    factor = 1.0 / row_scale
     target = out + row * (prefix_width + width)
-    if prefix_width > 0:
-        first = tl.clamp(first / row_scale, -448.0, 448.0)
-        tl.store(target + prefix_columns, first.to(out.dtype.element_ty), mask=prefix_mask)
-    values = tl.clamp(values / row_scale, -448.0, 448.0)
-    tl.store(target + prefix_width + columns, values.to(out.dtype.element_ty), mask=mask)
+    num_prefix: tl.constexpr = (prefix_width + CHUNK - 1) // CHUNK
+    for index in tl.static_range(0, (prefix_width + CHUNK - 1) // CHUNK):
+        values = tl.clamp(pieces[index] * factor, -448.0, 448.0).to(out.dtype.element_ty)
+        tl.store(target + index * CHUNK + columns, values, mask=index * CHUNK + columns < prefix_width)
+    for index in tl.static_range(0, (width + CHUNK - 1) // CHUNK):
+        values = tl.clamp(pieces[num_prefix + index] * factor, -448.0, 448.0).to(out.dtype.element_ty)
+        tl.store(target + prefix_width + index * CHUNK + columns, values, mask=index * CHUNK + columns < width)
 
 
-@triton_op("vllm_omni::quantize_rows", mutates_args=())
 def quantize_rows(x: torch.Tensor, prefix: torch.Tensor | None, gelu: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """``x [R, D], prefix [R, P] -> values [R, P + D] in FP8, scales [R, 1] in float32``.
 
     Each row of the result, times its scale, is the row of ``prefix`` and after it that of ``x``, or of its GELU (tanh
     approximation). Rows may lie apart in memory; the values of each lie together.
     """
-    num_rows, width = x.shape
+    out, out_scale = _outputs(x, prefix, gelu)
     prefix_width = 0 if prefix is None else prefix.shape[1]
-    out = x.new_empty((num_rows, prefix_width + width), dtype=torch.float8_e4m3fn)
-    out_scale = x.new_empty((num_rows, 1), dtype=torch.float32)
-    block, num_warps = block_of(width)
-    traceable(_quantize_rows)[(num_rows,)](
+    chunk = _chunk(x.shape[1])
+    _quantize_rows[(x.shape[0],)](
         x if prefix is None else prefix,
         x,
         out,
@@ -75,10 +78,26 @@ def quantize_rows(x: torch.Tensor, prefix: torch.Tensor | None, gelu: bool) -> t
         prefix_stride=0 if prefix is None else prefix.stride(0),
         x_stride=x.stride(0),
         prefix_width=prefix_width,
-        width=width,
-        PREFIX_BLOCK=triton.next_power_of_2(max(prefix_width, 1)),
-        BLOCK=block,
+        width=x.shape[1],
+        CHUNK=chunk,
         GELU=gelu,
-        num_warps=num_warps,
+        num_warps=max(chunk // 256, 1),  # 8 values of each chunk per thread, which are 16 bytes
     )
     return out, out_scale
+
+
+def _chunk(width: int) -> int:
+    """4096 values at once, or fewer where that leaves less of the last chunk empty: a power of two."""
+    sizes = [size for size in (4096, 2048, 1024, 512, 256) if size <= width] or [triton.next_power_of_2(width)]
+    return min(sizes, key=lambda size: (round(-(-width // size) * size / width, 1), -size))
+
+
+def _outputs(x: torch.Tensor, prefix: torch.Tensor | None, gelu: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    width = x.shape[1] + (0 if prefix is None else prefix.shape[1])
+    return (
+        x.new_empty((x.shape[0], width), dtype=torch.float8_e4m3fn),
+        x.new_empty((x.shape[0], 1), dtype=torch.float32),
+    )
+
+
+quantize_rows_op = operator(quantize_rows, _outputs)

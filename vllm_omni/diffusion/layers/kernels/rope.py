@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op
 
-from vllm_omni.diffusion.layers.kernels.launch import traceable
+from vllm_omni.diffusion.layers.kernels.launch import operator
 
 
 @triton.jit
@@ -82,7 +81,6 @@ def _qk_norm_rope(
     tl.store(target + place, rotated.to(query.dtype.element_ty), mask=mask)
 
 
-@triton_op("vllm_omni::qk_norm_rope", mutates_args=())
 def qk_norm_rope(
     qkv: torch.Tensor,
     query_weight: torch.Tensor,
@@ -108,7 +106,7 @@ def qk_norm_rope(
     query = qkv.new_empty((batch, num_tokens, num_heads, head_size))
     key = qkv.new_empty((batch, num_tokens, num_kv_heads, head_size))
     heads = triton.next_power_of_2(max(num_heads, num_kv_heads))
-    traceable(_qk_norm_rope)[(batch * num_tokens, 2)](
+    _qk_norm_rope[(batch * num_tokens, 2)](
         rows,
         query_weight,
         key_weight,
@@ -131,3 +129,11 @@ def qk_norm_rope(
         num_warps=max(1, min(8, heads * head_size // 1024)),
     )
     return query, key
+
+
+qk_norm_rope_op = operator(
+    qk_norm_rope,
+    lambda qkv, query_weight, key_weight, text_query_weight, text_key_weight, cos, sin, num_heads, num_kv_heads, *_: (
+        tuple(qkv.new_empty((*qkv.shape[:2], heads, 2 * cos.shape[-1])) for heads in (num_heads, num_kv_heads))
+    ),
+)
