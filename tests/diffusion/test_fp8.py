@@ -19,8 +19,8 @@ from vllm_omni.diffusion.layers.linear import (
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
-    linear_method,
 )
+from vllm_omni.diffusion.layers.linear_method import linear_method
 from vllm_omni.diffusion.model_loader.weights import AutoWeightsLoader
 from vllm_omni.diffusion.quantization.fp8 import choose_fp8, quantize_rows
 from vllm_omni.errors import InvalidConfigError

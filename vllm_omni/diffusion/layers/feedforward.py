@@ -9,21 +9,24 @@ import torch.nn.functional as F
 from torch import nn
 
 from vllm_omni.diffusion.layers.linear import ColumnParallelLinear, RowParallelLinear
+from vllm_omni.diffusion.layers.linear_method import PendingInput
 
 GeluKind = Literal["tanh", "none"]
 
 
 class GeluProjection(nn.Module):
-    """A linear layer and GELU, with the tanh approximation or exact ("none"): one place for a fused kernel."""
+    """A linear layer and GELU, with the tanh approximation or exact ("none")."""
 
     def __init__(self, input_size: int, output_size: int, approximate: GeluKind = "tanh") -> None:
         super().__init__()
         self.proj = ColumnParallelLinear(input_size, output_size)
         self.approximate = approximate
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., I] -> [..., O]``."""
-        return F.gelu(self.proj(x), approximate=self.approximate)
+    def forward(self, x: torch.Tensor) -> PendingInput:
+        """``[..., I] -> [..., O]``, as the input of the next linear layer."""
+        if self.approximate == "none":
+            return PendingInput(F.gelu(self.proj(x)))
+        return self.proj.linear_method.apply_gelu(self.proj, x)[1]
 
 
 class FeedForward(nn.Module):

@@ -42,8 +42,8 @@ class JointAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``image [B, I, E], text [B, T, E], rope [S, D / 2] x 2, mask [B, S] -> image, text`` of the same shapes."""
         num_text = encoder_hidden_states.shape[1]
-        # Compiled code lets both products write into their part of the joint sequence.
-        qkv = torch.cat([self.add_qkv_proj(encoder_hidden_states), self.to_qkv(hidden_states)], dim=1)
+        method = self.to_qkv.linear_method
+        qkv = method.apply_joint(self.add_qkv_proj, encoder_hidden_states, self.to_qkv, hidden_states)
         text_norms = TextNorms(self.norm_added_q, self.norm_added_k, num_text)
         query, key, value = self.qk_norm_rope(qkv, self.norm_q, self.norm_k, rope, text_norms)
         output = self.attn(query, key, value, attn_metadata=AttentionMetadata(attn_mask=attn_mask)).flatten(2)

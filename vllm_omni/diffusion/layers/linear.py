@@ -9,12 +9,9 @@ Shapes: I input features, O output features; weights are ``[O, I]`` as in ``torc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from vllm_omni.diffusion.distributed.tensor_parallel import (
@@ -22,45 +19,11 @@ from vllm_omni.diffusion.distributed.tensor_parallel import (
     TensorParallelRank,
     current_tensor_parallel_rank,
 )
+from vllm_omni.diffusion.layers.linear_method import LinearMethod, PendingInput, copy_weight, current_linear_method
 from vllm_omni.errors import FeatureNotAvailableError
 
 # (parameter, tensor from the checkpoint, name of the part in a fused parameter)
 WeightLoader = Callable[[nn.Parameter, torch.Tensor, str | None], None]
-
-
-class LinearMethod:
-    """How a linear layer holds its weight and computes. Quantization replaces it; this one is the plain product."""
-
-    def create_weight(self, layer: LinearBase) -> None:
-        """Give ``layer`` its ``weight``, uninitialised."""
-        layer.weight = layer.parameter(torch.empty(layer.output_size, layer.input_size))
-
-    def store_weight(self, layer: LinearBase, loaded: torch.Tensor, first_row: int) -> None:
-        """Put ``loaded [R, I]`` into R rows of the layer's weight."""
-        copy_weight(layer.weight.data.narrow(0, first_row, loaded.shape[0]), loaded)
-
-    def apply(self, layer: LinearBase, x: torch.Tensor) -> torch.Tensor:
-        """``[..., I] -> [..., O]``."""
-        return F.linear(x, layer.weight, layer.bias)
-
-
-# Whether and how a layer of this many input and output features is quantized.
-ChooseLinearMethod = Callable[[int, int], LinearMethod]
-
-_choose_method: ContextVar[ChooseLinearMethod | None] = ContextVar("linear_method", default=None)
-
-
-@contextmanager
-def linear_method(choose: ChooseLinearMethod | None) -> Iterator[None]:
-    """Sharded linear layers that are built within the block compute by what ``choose`` gives; None is the plain way.
-
-    Layers that every rank holds as a whole stay as they are: see :class:`ReplicatedLinear`.
-    """
-    token = _choose_method.set(choose)
-    try:
-        yield
-    finally:
-        _choose_method.reset(token)
 
 
 class LinearBase(nn.Module):
@@ -79,8 +42,7 @@ class LinearBase(nn.Module):
         self.bias = self.parameter(torch.empty(output_size)) if bias else None
 
     def _choose_linear_method(self) -> LinearMethod:
-        choose = _choose_method.get()
-        return LinearMethod() if choose is None else choose(self.input_size, self.output_size)
+        return current_linear_method(self.input_size, self.output_size)
 
     def parameter(self, values: torch.Tensor) -> nn.Parameter:
         """A parameter that loads by this layer's :meth:`load_parameter`."""
@@ -104,7 +66,7 @@ class LinearBase(nn.Module):
         else:
             self.linear_method.store_weight(self, loaded, first_row)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | PendingInput) -> torch.Tensor:
         return self.linear_method.apply(self, x)
 
     def extra_repr(self) -> str:
@@ -178,6 +140,10 @@ class MergedColumnParallelLinear(LinearBase):
         """``[..., sum(O_i)] -> ([..., O_1], [..., O_2], ...)``; views."""
         return output.split(self.output_sizes, dim=-1)
 
+    def split_gelu(self, x: torch.Tensor) -> tuple[torch.Tensor, PendingInput]:
+        """``x [..., I]`` -> the output of all parts but the last, and that of the last with GELU."""
+        return self.linear_method.apply_gelu(self, x, sum(self.output_sizes[:-1]))
+
 
 class QKVParallelLinear(MergedColumnParallelLinear):
     """Query, key and value projections as one product, split by heads over the ranks."""
@@ -224,7 +190,7 @@ class RowParallelLinear(LinearBase):
         is_bias = parameter.dim() == 1
         self._store(parameter, loaded if is_bias else self.tp.shard(loaded, 1, "input_size"))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | PendingInput) -> torch.Tensor:
         if self.tp.size > 1:
             raise FeatureNotAvailableError("the sum of partial products over tensor-parallel ranks does not exist yet")
         return super().forward(x)
@@ -250,10 +216,3 @@ class MergedRowParallelLinear(RowParallelLinear):
             raise ValueError(f"shape {list(loaded.shape)} does not hold inputs of {self.input_sizes}")
         blocks = loaded.split(self.input_sizes, dim=1)
         self._store(parameter, torch.cat([self.tp.shard(block, 1, "input_size") for block in blocks], dim=1))
-
-
-def copy_weight(target: torch.Tensor, loaded: torch.Tensor) -> None:
-    """Copy with conversion of dtype and device. Raises ``ValueError`` if the shapes differ."""
-    if target.shape != loaded.shape:
-        raise ValueError(f"shape {list(loaded.shape)} does not fit {list(target.shape)}")
-    target.data.copy_(loaded)

@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from vllm_omni.diffusion.layers.linear import WeightLoader, copy_weight
+from vllm_omni.diffusion.layers.linear import WeightLoader
+from vllm_omni.diffusion.layers.linear_method import copy_weight
 from vllm_omni.errors import WeightsError
 
 _MAX_LISTED = 20

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.layers.linear import linear_method
+from vllm_omni.diffusion.layers.linear_method import linear_method
 from vllm_omni.diffusion.quantization.fp8 import choose_fp8
 from vllm_omni.errors import InvalidConfigError
 from vllm_omni.platforms import get_platform

@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch
 
 from vllm_omni.diffusion.layers import kernels
-from vllm_omni.diffusion.layers.linear import LinearBase, LinearMethod
+from vllm_omni.diffusion.layers.linear import LinearBase
+from vllm_omni.diffusion.layers.linear_method import LinearMethod, PendingInput
+from vllm_omni.diffusion.layers.operators import joint_scaled_linear_op
 
 FP8_MAX = 448.0  # the largest number of e4m3
 _SMALLEST = 1e-12  # of a row of zeros
@@ -38,27 +40,48 @@ class Fp8LinearMethod(LinearMethod):
         layer.weight.data[rows] = values
         layer.get_buffer("weight_scale")[:, rows] = scales.t()
 
-    def apply(self, layer: LinearBase, x: torch.Tensor) -> torch.Tensor:
-        rows, scales = quantize_rows(x.flatten(0, -2))
+    def apply(self, layer: LinearBase, x: torch.Tensor | PendingInput) -> torch.Tensor:
+        given = PendingInput(x) if isinstance(x, torch.Tensor) else x
+        rows, scales = quantize_input(given)
         output = torch._scaled_mm(
             rows,
             layer.weight.t(),
             scale_a=scales,
             scale_b=layer.get_buffer("weight_scale"),
             bias=layer.bias,
-            out_dtype=x.dtype,
+            out_dtype=given.x.dtype,
             use_fast_accum=True,
         )
-        return output.unflatten(0, x.shape[:-1])
+        return output.unflatten(0, given.x.shape[:-1])
+
+    def apply_gelu(self, layer: LinearBase, x: torch.Tensor, start: int = 0) -> tuple[torch.Tensor, PendingInput]:
+        output = self.apply(layer, x)
+        return output[..., :start], PendingInput(output[..., start:], gelu=True)
+
+    def apply_joint(self, layer: LinearBase, x: torch.Tensor, other: LinearBase, y: torch.Tensor) -> torch.Tensor:
+        if not x.is_cuda or x.shape[0] > 1 or layer.bias is None:
+            return torch.cat([self.apply(layer, x), self.apply(other, y)], dim=1)
+        arguments = []
+        for each, tokens in ((layer, x), (other, y)):
+            rows, scales = quantize_input(PendingInput(tokens))
+            arguments += [rows.unsqueeze(0), scales, each.weight, each.get_buffer("weight_scale"), each.bias]
+        output: torch.Tensor = joint_scaled_linear_op(*arguments)
+        return output
+
+
+def quantize_input(given: PendingInput) -> tuple[torch.Tensor, torch.Tensor]:
+    """The input ``[..., I]`` of a layer as rows: ``values [R, I] in FP8, scales [R, 1] in float32``."""
+    if kernels.take(given.x):
+        from vllm_omni.diffusion.layers.kernels.quantize import quantize_rows_op
+
+        prefix = None if given.prefix is None else given.prefix.flatten(0, -2)
+        output: tuple[torch.Tensor, torch.Tensor] = quantize_rows_op(given.x.flatten(0, -2), prefix, given.gelu)
+        return output
+    return quantize_rows(given.joined().flatten(0, -2))
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``[R, I] -> values [R, I] in FP8, scales [R, 1] in float32``; a row is its values times its scale."""
-    if kernels.take(x):
-        from vllm_omni.diffusion.layers.kernels import quantize
-
-        output: tuple[torch.Tensor, torch.Tensor] = quantize.quantize_rows(x, None, False)
-        return output
     x = x.float()
     scales = x.abs().amax(dim=1, keepdim=True).clamp(min=_SMALLEST) / FP8_MAX
     return (x / scales).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scales

@@ -25,12 +25,11 @@ class AttentionMetadata:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """All that the choice of a backend depends on. It can be hashed, and holds no number that changes with the size."""
+    """All that the choice of a backend depends on. It can be hashed, and holds no size but the head's."""
 
     device: torch.device
     dtype: torch.dtype
     head_size: int
-    is_long: bool  # at least LONG_SEQUENCE keys
     causal: bool
     has_mask: bool
 

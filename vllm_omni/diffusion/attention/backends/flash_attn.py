@@ -11,6 +11,8 @@ import torch
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionBackend, AttentionInputs
 
+_PACKAGE_3 = "fa3_fwd_interface"
+
 
 class FlashAttentionBackend(AttentionBackend):
     """Takes no mask: its kernels know causality and lengths only."""
@@ -70,9 +72,14 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax_scale
     return query.new_empty(query.shape)
 
 
+def has_flash_attention_3(major: int) -> bool:
+    """Whether version 3 is what runs on a GPU of compute capability ``major``."""
+    return _package(major) == _PACKAGE_3
+
+
 def _package(major: int) -> str | None:
     """The importable module for a GPU of compute capability ``major``."""
-    candidates = ("fa3_fwd_interface", "flash_attn") if major == 9 else ("flash_attn",)
+    candidates = (_PACKAGE_3, "flash_attn") if major == 9 else ("flash_attn",)
     return next((name for name in candidates if importlib.util.find_spec(name) is not None), None)
 
 

@@ -1,25 +1,13 @@
-"""What all kernels need: to be operators of torch, and a block that holds a row."""
+"""How much of a row one program holds.
+
+The kernels are opaque operators. Where a compiler started them itself, knowing less of their arguments, loads were 2
+bytes wide instead of 16: of a norm of 32,760 x 5,120 values that made 814 us instead of 296 (H100, torch 2.11).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import triton
-
-# An operator is opaque to a compiler. Traced as what it is, a kernel would be started by compiled code, which knows less
-# about its arguments: loads then were 2 bytes wide instead of 16, and a norm took 2.7 times as long.
-_LIBRARY = torch.library.Library("vllm_omni", "FRAGMENT")
-
-
-def operator(function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """The operator ``torch.ops.vllm_omni.<name of function>``; ``fake`` gives its outputs without values."""
-    name = function.__name__
-    _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
-    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"vllm_omni::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.vllm_omni, name)
 
 
 def block_of(width: int) -> tuple[int, int]:

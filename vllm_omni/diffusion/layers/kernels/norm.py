@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_omni.diffusion.layers.kernels.launch import block_of, operator, rows_of
+from vllm_omni.diffusion.layers.kernels.launch import block_of, rows_of
+from vllm_omni.diffusion.layers.operators import operator
 
 
 @triton.jit

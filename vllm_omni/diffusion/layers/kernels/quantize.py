@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_omni.diffusion.layers.kernels.launch import operator
+from vllm_omni.diffusion.layers.operators import operator
 
 
 @triton.jit

@@ -163,10 +163,8 @@ class FluxSingleTransformerBlock(nn.Module):
         """``tokens [B, S, E], conditioning [B, E] -> [B, S, E]``."""
         (mod_params,) = self.norm(conditioning)
         modulated, gate = self.ada_norm(hidden_states, mod_params)
-        projected = self.to_qkv_mlp(modulated)
-        mlp_dim = self.to_qkv_mlp.output_sizes[3]
-        attention, mlp = self.attn(projected[..., :-mlp_dim], rope), projected[..., -mlp_dim:]
-        update = self.proj_out(torch.cat([attention, F.gelu(mlp, approximate="tanh")], dim=-1))
+        qkv, mlp = self.to_qkv_mlp.split_gelu(modulated)
+        update = self.proj_out(mlp.after(self.attn(qkv, rope)))
         return _in_range(gated_residual(hidden_states, gate, update))
 
 

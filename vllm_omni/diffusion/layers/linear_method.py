@@ -1,0 +1,115 @@
+"""How a linear layer holds its weight and computes; quantization has a way of its own.
+
+Shapes: I input features, O output features, P features of a prefix, D of what comes behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from vllm_omni.diffusion.layers.operators import joint_linear_op, linear_gelu_op
+
+if TYPE_CHECKING:
+    from vllm_omni.diffusion.layers.linear import LinearBase
+
+
+@dataclass(frozen=True)
+class PendingInput:
+    """The input of a linear layer before its last step, which quantization computes together with its own.
+
+    It is ``x``, or GELU of x in its tanh approximation, behind ``prefix`` if there is one: ``[..., P + D]``.
+    """
+
+    x: torch.Tensor
+    gelu: bool = False
+    prefix: torch.Tensor | None = None
+
+    @property
+    def activated(self) -> torch.Tensor:
+        """Without the prefix, ``[..., D]``."""
+        return F.gelu(self.x, approximate="tanh") if self.gelu else self.x
+
+    def after(self, prefix: torch.Tensor) -> PendingInput:
+        """This input behind ``prefix [..., P]``."""
+        return PendingInput(self.x, self.gelu, prefix)
+
+    def joined(self) -> torch.Tensor:
+        """``[..., P + D]``."""
+        return self.activated if self.prefix is None else torch.cat([self.prefix, self.activated], dim=-1)
+
+
+class LinearMethod:
+    """How a linear layer holds its weight and computes. Quantization replaces it; this one is the plain product."""
+
+    def create_weight(self, layer: LinearBase) -> None:
+        """Give ``layer`` its ``weight``, uninitialised."""
+        layer.weight = layer.parameter(torch.empty(layer.output_size, layer.input_size))
+
+    def store_weight(self, layer: LinearBase, loaded: torch.Tensor, first_row: int) -> None:
+        """Put ``loaded [R, I]`` into R rows of the layer's weight."""
+        copy_weight(layer.weight.data.narrow(0, first_row, loaded.shape[0]), loaded)
+
+    def apply(self, layer: LinearBase, x: torch.Tensor | PendingInput) -> torch.Tensor:
+        """``[..., I] -> [..., O]``."""
+        if isinstance(x, torch.Tensor):
+            return F.linear(x, layer.weight, layer.bias)
+        if x.prefix is None or not x.x.is_cuda:
+            return F.linear(x.joined(), layer.weight, layer.bias)
+        # Two products, the second added to the first, cost less than to copy both inputs into one.
+        first, second = layer.weight.split([x.prefix.shape[-1], x.x.shape[-1]], dim=1)
+        output = F.linear(x.prefix, first, layer.bias).flatten(0, -2)
+        return torch.addmm(output, x.activated.flatten(0, -2), second.t()).unflatten(0, x.x.shape[:-1])
+
+    def apply_gelu(self, layer: LinearBase, x: torch.Tensor, start: int = 0) -> tuple[torch.Tensor, PendingInput]:
+        """The output features before ``start``, and those from there on with GELU (tanh approximation) to come."""
+        if not x.is_cuda or layer.bias is None:
+            output = self.apply(layer, x)
+            return output[..., :start], PendingInput(output[..., start:], gelu=True)
+        activated = linear_gelu_op(x, layer.weight[start:], layer.bias[start:])
+        before = F.linear(x, layer.weight[:start], layer.bias[:start]) if start else x[..., :0]
+        return before, PendingInput(activated)
+
+    def apply_joint(self, layer: LinearBase, x: torch.Tensor, other: LinearBase, y: torch.Tensor) -> torch.Tensor:
+        """``x [B, T, I], y [B, S, I] -> [B, T + S, O]``: this layer of x, then the other, of the same kind, of y."""
+        if x.is_cuda and x.shape[0] == 1 and layer.bias is not None:
+            return joint_linear_op(x, layer.weight, layer.bias, y, other.weight, other.bias)
+        return torch.cat([self.apply(layer, x), self.apply(other, y)], dim=1)
+
+
+# Whether and how a layer of this many input and output features is quantized.
+ChooseLinearMethod = Callable[[int, int], LinearMethod]
+
+_choose_method: ContextVar[ChooseLinearMethod | None] = ContextVar("linear_method", default=None)
+
+
+@contextmanager
+def linear_method(choose: ChooseLinearMethod | None) -> Iterator[None]:
+    """Sharded linear layers that are built within the block compute by what ``choose`` gives; None is the plain way.
+
+    Layers that every rank holds as a whole stay as they are: see :class:`ReplicatedLinear`.
+    """
+    token = _choose_method.set(choose)
+    try:
+        yield
+    finally:
+        _choose_method.reset(token)
+
+
+def current_linear_method(input_size: int, output_size: int) -> LinearMethod:
+    """The method that :func:`linear_method` chooses at the moment for a layer of this size."""
+    choose = _choose_method.get()
+    return LinearMethod() if choose is None else choose(input_size, output_size)
+
+
+def copy_weight(target: torch.Tensor, loaded: torch.Tensor) -> None:
+    """Copy with conversion of dtype and device. Raises ``ValueError`` if the shapes differ."""
+    if target.shape != loaded.shape:
+        raise ValueError(f"shape {list(loaded.shape)} does not fit {list(target.shape)}")
+    target.data.copy_(loaded)
