@@ -55,7 +55,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="blocks of each kind, for a quick look; absent: all")
     parser.add_argument("--forwards", type=int, default=10)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--graph", action="store_true", help="time each mode as a CUDA graph as well")
     parser.add_argument("--lock", type=Path)
     parser.add_argument("--profile", type=Path, help="folder for a table of kernels of each mode")
     parser.add_argument("--json", type=Path)
@@ -73,6 +72,7 @@ def config_of(model: FullSizeModel, layers: int | None) -> dict[str, Any]:
 @torch.inference_mode()
 def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
     from vllm_omni.diffusion.compile import apply_compile
+    from vllm_omni.diffusion.cuda_graph import apply_cuda_graphs
 
     inputs = on_device(MODELS[args.model].inputs(True, args.height, args.width), args.device)
     results: dict[str, Any] = {}
@@ -80,9 +80,14 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
         with shared(args.lock):
             transformer, od_config = built(args, OUR_MODES[mode])
         compiled = apply_compile(transformer, od_config)
-        results[mode] = measured(args, f"vllm-omni-{mode}", functools.partial(transformer, **inputs))
-        results[mode]["runs"] = "eager" if compiled is None else compiled.describe()
-        del transformer, compiled
+        forward = functools.partial(transformer, **inputs)
+        if compiled is not None:
+            results[f"{mode}, no graphs"] = measured(args, f"vllm-omni-{mode}-no-graphs", forward)
+        graphs = apply_cuda_graphs(transformer, od_config)
+        results[mode] = measured(args, f"vllm-omni-{mode}", forward)
+        results[mode]["runs"] = [] if compiled is None else [compiled.describe()]
+        results[mode]["runs"] += [] if graphs is None else graphs.describe()
+        del transformer, compiled, graphs, forward
         torch.compiler.reset()
         gc.collect()
         get_platform(torch.device(args.device)).empty_cache()
@@ -158,7 +163,6 @@ def measured(args: argparse.Namespace, name: str, forward: Callable[[], Any]) ->
             host_ms.append(1000 * (time.perf_counter() - started))
             synchronize(args.device)
             device_ms.append(1000 * (time.perf_counter() - started))
-        graph = replayed(args, forward) if args.graph else {}
         if args.profile is not None:
             write_profile(args.profile / f"{args.model}-{name}.txt", forward)
     peak = torch.cuda.max_memory_allocated() / 2**30 if args.device.startswith("cuda") else 0.0
@@ -168,29 +172,9 @@ def measured(args: argparse.Namespace, name: str, forward: Callable[[], Any]) ->
         "host_ms": median(host_ms),
         "first_s": first_s,
         "peak_memory_gib": peak,
-        **graph,
     }
     print(name, {key: round(value, 2) for key, value in figures.items()}, file=sys.stderr, flush=True)
     return figures
-
-
-def replayed(args: argparse.Namespace, forward: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds of a forward that was captured as a CUDA graph: no time between its kernels is the host's."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            forward()
-    except RuntimeError as error:
-        print(f"cannot be captured: {error}", file=sys.stderr)
-        return {}
-    times = []
-    for _ in range(args.forwards):
-        synchronize(args.device)
-        started = time.perf_counter()
-        graph.replay()
-        synchronize(args.device)
-        times.append(1000 * (time.perf_counter() - started))
-    return {"graph_ms": median(times)}
 
 
 def synchronize(device: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import sys
 import types
@@ -21,6 +22,7 @@ def provide_flash_attention_3() -> None:
         return fa3_fwd_interface.flash_attn_func(**{name: arguments[name] for name in names}, return_attn_probs=True)
 
     module = types.ModuleType("flash_attn_interface")
+    module.__spec__ = importlib.machinery.ModuleSpec("flash_attn_interface", None)
     module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
     module.flash_attn_varlen_func = fa3_fwd_interface.flash_attn_varlen_func  # type: ignore[attr-defined]
     sys.modules["flash_attn_interface"] = module

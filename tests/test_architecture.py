@@ -37,7 +37,7 @@ LAYERS: list[tuple[str, ...]] = [
         "benchmarks",
     ),
     ("diffusion/models",),
-    ("diffusion/registry", "diffusion/cache", "diffusion/compile"),
+    ("diffusion/registry", "diffusion/cache", "diffusion/compile", "diffusion/cuda_graph"),
     ("diffusion/worker",),
     ("diffusion/engine",),
     ("entrypoints",),

@@ -41,7 +41,7 @@ def check_compile(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> None:
     """Raises ``FeatureNotAvailableError`` if the configuration asks to compile a pipeline that names no blocks."""
     if od_config.enforce_eager:
         return
-    transformers = list(_transformers(pipeline))
+    transformers = list(repeated_blocks(pipeline))
     if not transformers:
         raise FeatureNotAvailableError(
             f"enforce_eager=False: no transformer of {type(pipeline).__name__} names its blocks in _repeated_blocks, so"
@@ -62,7 +62,7 @@ def apply_compile(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> Compil
     if od_config.enforce_eager:
         return None
     blocks = CompiledBlocks()
-    for transformer, names in _transformers(pipeline):
+    for transformer, names in repeated_blocks(pipeline):
         for block in transformer.modules():
             if type(block).__name__ in names:
                 # The method itself, not block.compile(): then each class has recompilations of its own to count, and
@@ -71,7 +71,7 @@ def apply_compile(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> Compil
     return blocks
 
 
-def _transformers(pipeline: nn.Module) -> Iterator[tuple[nn.Module, set[str]]]:
+def repeated_blocks(pipeline: nn.Module) -> Iterator[tuple[nn.Module, set[str]]]:
     """The modules that declare repeated blocks, and the names of their classes."""
     for module in pipeline.modules():
         names = set(getattr(type(module), "_repeated_blocks", ()))

@@ -19,18 +19,21 @@ from torch import nn
 Streams = tuple[torch.Tensor, ...]
 # What every block is given beside, ``[B, ...]`` each; None for what a forward does without.
 RowInputs = tuple[torch.Tensor | None, ...]
+# What they are given beside that is the same for all rows, as rotary angles are.
+SharedInputs = tuple[torch.Tensor | None, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockSpan:
     """Consecutive blocks of one kind.
 
-    ``call(block, streams, row_inputs)`` runs one of them. ``enter`` turns the streams of the kind before into those of
-    this one, each row by itself. A stream that holds padding has it at its end, where a cache may cut it or add to it.
+    ``call(block, streams, row_inputs, shared_inputs)`` runs one of them, and depends on no other tensor. ``enter``
+    turns the streams of the kind before into those of this one, each row by itself. A stream that holds padding has it
+    at its end, where a cache may cut it or add to it.
     """
 
     blocks: Sequence[nn.Module] | nn.ModuleList
-    call: Callable[[nn.Module, Streams, RowInputs], Streams]
+    call: Callable[[nn.Module, Streams, RowInputs, SharedInputs], Streams]
     enter: Callable[[Streams], Streams] | None = None
 
 
@@ -40,7 +43,7 @@ class StagedForward:
 
     ``modulated_input()`` is the signal of TeaCache, ``[B, ...]``: what the first block computes with, after its
     modulation. ``output_tokens(streams)`` are the tokens of the last streams that the last part needs, and
-    ``finish(tokens, row_inputs)`` is that part.
+    ``finish(tokens, row_inputs)`` is that part. ``runner`` runs blocks in another way than one after the other.
     """
 
     streams: Streams
@@ -49,6 +52,8 @@ class StagedForward:
     modulated_input: Callable[[], torch.Tensor]
     output_tokens: Callable[[Streams], torch.Tensor]
     finish: Callable[[torch.Tensor, RowInputs], torch.Tensor]
+    shared_inputs: SharedInputs = ()
+    runner: Callable[[StagedForward, Streams, RowInputs, int, int], Streams] | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -61,11 +66,13 @@ class StagedForward:
 
     def run_blocks(self, streams: Streams, row_inputs: RowInputs, start: int, stop: int) -> Streams:
         """The streams before block ``stop``, from those before block ``start``, of any of the rows."""
+        if self.runner is not None:
+            return self.runner(self, streams, row_inputs, start, stop)
         for span, first, last in self._spans(start, stop):
             if first == 0 and span.enter is not None:
                 streams = span.enter(streams)
             for block in itertools.islice(span.blocks, first, last):
-                streams = span.call(block, streams, row_inputs)
+                streams = span.call(block, streams, row_inputs, self.shared_inputs)
         return streams
 
     def pass_by(self, streams: Streams, start: int, stop: int) -> Streams:

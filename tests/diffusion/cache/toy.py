@@ -49,7 +49,7 @@ class Toy(nn.Module):
         mask = torch.ones(text.shape[:2], dtype=torch.bool) if mask is None else mask
         time = timestep / 1000
 
-        def run_single(block, streams, row_inputs):
+        def run_single(block, streams, row_inputs, _):
             (tokens,) = streams
             return (torch.cat(block(tokens[:, :TOKENS], tokens[:, TOKENS:], *row_inputs), dim=1),)
 
@@ -57,7 +57,7 @@ class Toy(nn.Module):
             streams=(latents, text),
             row_inputs=(time, mask),
             spans=(
-                BlockSpan(blocks=self.blocks[:half], call=lambda block, streams, rows: block(*streams, *rows)),
+                BlockSpan(blocks=self.blocks[:half], call=lambda block, streams, rows, _: block(*streams, *rows)),
                 BlockSpan(
                     blocks=self.blocks[half:], call=run_single, enter=lambda streams: (torch.cat(streams, dim=1),)
                 ),

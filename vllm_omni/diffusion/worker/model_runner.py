@@ -14,6 +14,7 @@ from torch import nn
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache import apply_cache, check_cache
 from vllm_omni.diffusion.compile import apply_compile, check_compile
+from vllm_omni.diffusion.cuda_graph import apply_cuda_graphs
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.denoise import DenoiseState, denoise_step
 from vllm_omni.diffusion.encoders.prompt_cache import PromptEmbedCache
@@ -66,6 +67,7 @@ class ModelRunner:
             pipeline_class, lambda pipeline: check_compile(pipeline, od_config)
         )
         self._compiled_blocks = apply_compile(self.pipeline, od_config)
+        self._graphed_blocks = apply_cuda_graphs(self.pipeline, od_config)
         apply_cache(self.pipeline, od_config)
         self._prompt_embed_cache = PromptEmbedCache(0)
         if caches_prompt_embeds:
@@ -217,7 +219,9 @@ class ModelRunner:
 
     def _accelerations(self) -> tuple[str, ...]:
         compiled = () if self._compiled_blocks is None else (self._compiled_blocks.describe(),)
-        return compiled if self._config.quantization is None else (*compiled, self._config.quantization)
+        graphed = () if self._graphed_blocks is None else self._graphed_blocks.describe()
+        quantized = () if self._config.quantization is None else (self._config.quantization,)
+        return (*compiled, *graphed, *quantized)
 
     def _used_attention_backends(self) -> tuple[str, ...]:
         return tuple(sorted(set().union(*(layer.used_backends for layer in self._attention_layers))))

@@ -25,7 +25,7 @@ from vllm_omni.diffusion.layers.joint_attention import JointAttention
 from vllm_omni.diffusion.layers.linear import MergedColumnParallelLinear, MergedRowParallelLinear, ReplicatedLinear
 from vllm_omni.diffusion.layers.norm import RMSNorm, gated_residual
 from vllm_omni.diffusion.layers.rope import QKNormRope, rope_angles
-from vllm_omni.diffusion.staged_forward import BlockSpan, RowInputs, StagedForward, Streams
+from vllm_omni.diffusion.staged_forward import BlockSpan, RowInputs, SharedInputs, StagedForward, Streams
 from vllm_omni.errors import InvalidModelFolderError
 
 _TIMESTEP_CHANNELS = 256
@@ -40,7 +40,7 @@ def position_ids(img_shapes: Sequence[ImageShape], num_text_tokens: int, device:
     """Position of every token, ``[T + I, 3]``: picture, row and column; zeros for text, which comes first."""
     ids = [torch.zeros(num_text_tokens, 3, dtype=torch.int64, device=device)]
     for index, rows, columns in img_shapes:
-        axes = (torch.tensor([index], device=device), *(torch.arange(n, device=device) for n in (rows, columns)))
+        axes = (torch.full((1,), index, device=device), *(torch.arange(n, device=device) for n in (rows, columns)))
         ids.append(torch.cartesian_prod(*axes))
     return torch.cat(ids)
 
@@ -253,11 +253,11 @@ class FluxTransformer2DModel(nn.Module):
         embedding = self.time_text_embed(timestep, guidance, pooled_projections)
         conditioning = F.silu(embedding)
 
-        def run_double(block: nn.Module, streams: Streams, row_inputs: RowInputs) -> Streams:
+        def run_double(block: nn.Module, streams: Streams, row_inputs: RowInputs, rope: SharedInputs) -> Streams:
             output: Streams = block(*streams, row_inputs[0], rope)
             return output
 
-        def run_single(block: nn.Module, streams: Streams, row_inputs: RowInputs) -> Streams:
+        def run_single(block: nn.Module, streams: Streams, row_inputs: RowInputs, rope: SharedInputs) -> Streams:
             return (block(*streams, row_inputs[0], rope),)
 
         def modulated_input() -> torch.Tensor:
@@ -268,6 +268,7 @@ class FluxTransformer2DModel(nn.Module):
         return StagedForward(
             streams=(image, text),
             row_inputs=(conditioning, embedding),
+            shared_inputs=rope,
             spans=(
                 BlockSpan(blocks=self.transformer_blocks, call=run_double),
                 BlockSpan(

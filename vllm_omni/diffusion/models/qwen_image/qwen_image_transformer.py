@@ -25,7 +25,7 @@ from vllm_omni.diffusion.layers.joint_attention import JointAttention
 from vllm_omni.diffusion.layers.linear import ReplicatedLinear
 from vllm_omni.diffusion.layers.norm import RMSNorm, gated_residual
 from vllm_omni.diffusion.layers.rope import rope_angles
-from vllm_omni.diffusion.staged_forward import BlockSpan, RowInputs, StagedForward, Streams
+from vllm_omni.diffusion.staged_forward import BlockSpan, RowInputs, SharedInputs, StagedForward, Streams
 from vllm_omni.errors import InvalidModelFolderError
 
 _TIMESTEP_CHANNELS = 256
@@ -264,9 +264,9 @@ class QwenImageTransformer2DModel(nn.Module):
             clean = self.time_text_embed(torch.zeros_like(timestep), guidance, additional_t_cond, image.dtype)
             clean_conditioning, modulate_index = F.silu(clean), modulation_index(img_shapes, device)
 
-        def run_block(block: nn.Module, streams: Streams, row_inputs: RowInputs) -> Streams:
+        def run_block(block: nn.Module, streams: Streams, row_inputs: RowInputs, shared: SharedInputs) -> Streams:
             conditioning, _, attn_mask, clean_conditioning = row_inputs
-            output: Streams = block(*streams, conditioning, rope, attn_mask, clean_conditioning, modulate_index)
+            output: Streams = block(*streams, conditioning, shared[:2], attn_mask, clean_conditioning, shared[2])
             return output
 
         def modulated_input() -> torch.Tensor:
@@ -279,6 +279,7 @@ class QwenImageTransformer2DModel(nn.Module):
         return StagedForward(
             streams=(image, text),
             row_inputs=(conditioning, embedding, attn_mask, clean_conditioning),
+            shared_inputs=(*rope, modulate_index),
             spans=(BlockSpan(blocks=self.transformer_blocks, call=run_block),),
             modulated_input=modulated_input,
             output_tokens=lambda streams: streams[0],

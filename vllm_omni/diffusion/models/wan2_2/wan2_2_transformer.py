@@ -30,7 +30,7 @@ from vllm_omni.diffusion.layers.linear import (
 )
 from vllm_omni.diffusion.layers.norm import RMSNorm, gated_residual, layer_norm_modulate
 from vllm_omni.diffusion.layers.rope import QKNormRope, rope_angles
-from vllm_omni.diffusion.staged_forward import BlockSpan, RowInputs, StagedForward, Streams
+from vllm_omni.diffusion.staged_forward import BlockSpan, RowInputs, SharedInputs, StagedForward, Streams
 from vllm_omni.errors import InvalidModelFolderError
 
 _NUM_MODULATIONS = 6
@@ -325,7 +325,7 @@ class WanTransformer3DModel(nn.Module):
             assert embedder.image_embedder is not None, "only a model with image_dim is given a picture's features"
             image = embedder.image_embedder(encoder_hidden_states_image)
 
-        def run_block(block: nn.Module, streams: Streams, row_inputs: RowInputs) -> Streams:
+        def run_block(block: nn.Module, streams: Streams, row_inputs: RowInputs, rope: SharedInputs) -> Streams:
             text, image, modulations, _ = row_inputs
             return (block(*streams, text, image, modulations, rope),)
 
@@ -339,6 +339,7 @@ class WanTransformer3DModel(nn.Module):
         return StagedForward(
             streams=(video,),
             row_inputs=(text, image, modulations, embedding),
+            shared_inputs=rope,
             spans=(BlockSpan(blocks=self.blocks, call=run_block),),
             # The published coefficients are those of the modulations, not of the tokens that they modulate.
             modulated_input=lambda: modulations,

@@ -1,0 +1,109 @@
+"""The logic around CUDA graphs on a CPU, where a graph is a function that runs again; real ones on a GPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tests import tiny_flux
+from tests.diffusion.cache.toy import NUM_BLOCKS, TOKENS, WIDTH, Toy
+from vllm_omni import Omni, OmniDiffusionSamplingParams
+from vllm_omni.diffusion import cuda_graph
+from vllm_omni.diffusion.cuda_graph import GraphedBlocks, apply_cuda_graphs
+
+
+def repeat_instead_of_replaying(shapes, run):
+    """What a capture leaves: outputs that stay where they are, and a replay that writes them anew."""
+    shapes.outputs = run()
+
+    def replay():
+        for kept, new in zip(shapes.outputs, run(), strict=True):
+            kept.copy_(new)
+
+    shapes.graph = SimpleNamespace(replay=replay)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setattr(GraphedBlocks, "_capture", lambda blocks, shapes, run: repeat_instead_of_replaying(shapes, run))
+    model, blocks = Toy(), GraphedBlocks()
+    model.stages = cuda_graph._graphed(model.stages, blocks)
+    return SimpleNamespace(model=model, blocks=blocks, plain=Toy())
+
+
+def drawn(seed, rows=2, text_tokens=3):
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(rows, TOKENS, WIDTH, generator=generator)
+    return (
+        latents,
+        torch.full((rows,), 100.0 * seed + 50),
+        torch.randn(rows, text_tokens, WIDTH, generator=generator),
+        None,
+    )
+
+
+def test_a_graph_gives_what_the_blocks_give_for_the_inputs_of_each_call(toy):
+    outputs = [(toy.model(*drawn(seed)), toy.plain(*drawn(seed))) for seed in range(6)]
+    # At the end: the outputs of one call must outlive the next ones.
+    for ours, expected in outputs:
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    assert toy.blocks.describe() == ("CUDA graphs",)
+
+
+def test_shapes_have_a_graph_each(toy):
+    for seed in range(5):
+        for rows, text_tokens in ((2, 3), (1, 3), (2, 4)):
+            given = drawn(seed, rows, text_tokens)
+            torch.testing.assert_close(toy.model(*given), toy.plain(*given), rtol=0, atol=0)
+    assert len(toy.blocks._by_key) == 3
+
+
+def test_parts_of_the_blocks_have_graphs_of_their_own(toy):
+    """A step cache runs the first blocks, and often not the others."""
+    for seed in range(5):
+        ours, expected = toy.model.stages(*drawn(seed)), toy.plain.stages(*drawn(seed))
+        streams = ours.run_blocks(ours.streams, ours.row_inputs, 0, 1)
+        for one, other in zip(streams, expected.run_blocks(expected.streams, expected.row_inputs, 0, 1), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+        ours.run_blocks(streams, ours.row_inputs, 1, NUM_BLOCKS)
+    assert len(toy.blocks._by_key) == 2
+
+
+def test_the_least_recent_graphs_go(toy, monkeypatch):
+    monkeypatch.setattr(cuda_graph, "_MAX_GRAPHS", 2)
+    for text_tokens in (3, 4, 3, 5):
+        toy.model(*drawn(0, text_tokens=text_tokens))
+    assert [shapes.num_runs for shapes in toy.blocks._by_key.values()] == [2, 1]
+
+
+def test_a_capture_that_fails_is_said_and_changes_nothing(toy, monkeypatch):
+    def fail(blocks, shapes, run):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(GraphedBlocks, "_capture", fail)
+    for seed in range(4):
+        torch.testing.assert_close(toy.model(*drawn(seed)), toy.plain(*drawn(seed)), rtol=0, atol=0)
+    assert toy.blocks.describe() == ("CUDA graphs failed: operation not permitted when stream is capturing",)
+
+
+@pytest.mark.parametrize(("enforce_eager", "device"), [(True, "cuda"), (False, "cpu")])
+def test_there_are_no_graphs_without_a_gpu_or_compilation(enforce_eager, device):
+    config = SimpleNamespace(enforce_eager=enforce_eager, torch_device=torch.device(device))
+    assert apply_cuda_graphs(Toy(), config) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("side", [64, 96])
+def test_compiled_and_graphed_pictures_are_those_of_eager_execution(side, tmp_path):
+    folder = str(tiny_flux.flux(tmp_path / "flux"))
+    params = OmniDiffusionSamplingParams(height=side, width=side, num_inference_steps=8, seed=3, output_type="np")
+    outputs = {}
+    for enforce_eager in (True, False):
+        with Omni(folder, enforce_eager=enforce_eager) as omni:
+            outputs[enforce_eager] = omni.generate(["a red circle", "a blue square"], params)
+    for one, other in zip(outputs[True], outputs[False], strict=True):
+        assert other.receipt.accelerations == ("torch.compile", "CUDA graphs")
+        assert np.square(one.images[0] - other.images[0]).mean() < 1e-3
