@@ -55,6 +55,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="blocks of each kind, for a quick look; absent: all")
     parser.add_argument("--forwards", type=int, default=10)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only-graphs", action="store_true", help="do not time compiled modes without CUDA graphs")
     parser.add_argument("--lock", type=Path)
     parser.add_argument("--profile", type=Path, help="folder for a table of kernels of each mode")
     parser.add_argument("--json", type=Path)
@@ -81,7 +82,7 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
             transformer, od_config = built(args, OUR_MODES[mode])
         compiled = apply_compile(transformer, od_config)
         forward = functools.partial(transformer, **inputs)
-        if compiled is not None:
+        if compiled is not None and not args.only_graphs:
             results[f"{mode}, no graphs"] = measured(args, f"vllm-omni-{mode}-no-graphs", forward)
         graphs = apply_cuda_graphs(transformer, od_config)
         results[mode] = measured(args, f"vllm-omni-{mode}", forward)

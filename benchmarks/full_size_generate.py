@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -49,6 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batches", type=int, nargs="+", default=[1], help="requests at once")
     parser.add_argument("--trials", type=int, default=2)
+    parser.add_argument("--scratch", type=Path, help="folder for configurations with text encoders of one layer")
     parser.add_argument("--lock", type=Path)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -65,13 +67,36 @@ def prompt(model: str, seed: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(1, 128, 3584, generator=generator) for name in names}
 
 
+def shortened(folder: Path, scratch: Path | None) -> Path:
+    """A copy of the configurations whose text encoders have one layer, for they take memory and are not run."""
+    if scratch is None:
+        return folder
+    copy = scratch / folder.name
+    shutil.copytree(folder, copy, dirs_exist_ok=True)
+    for path in copy.glob("text_encoder*/config.json"):
+        path.write_text(json.dumps(_one_layer(json.loads(path.read_text()))))
+    return copy
+
+
+def _one_layer(config: dict[str, Any]) -> dict[str, Any]:
+    shorter: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in ("num_hidden_layers", "num_layers", "depth"):
+            shorter[name] = 1
+        elif name == "layer_types":
+            shorter[name] = value[:1]
+        else:
+            shorter[name] = _one_layer(value) if isinstance(value, dict) else value
+    return shorter
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     from vllm_omni import Omni, OmniDiffusionSamplingParams
 
-    folder = CONFIGS / {"flux": "flux.1-dev", "qwen-image": "qwen-image"}[args.model]
+    folder = shortened(CONFIGS / {"flux": "flux.1-dev", "qwen-image": "qwen-image"}[args.model], args.scratch)
     steps = STEPS[args.model] if args.steps is None else args.steps
     params = OmniDiffusionSamplingParams(height=args.side, width=args.side, num_inference_steps=steps, seed=0)
-    few = OmniDiffusionSamplingParams(height=args.side, width=args.side, num_inference_steps=2, seed=0)
+    few = OmniDiffusionSamplingParams(height=args.side, width=args.side, num_inference_steps=4, seed=0)
     results: dict[str, Any] = {}
     started = time.perf_counter()
     with shared(args.lock):

@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.full_size_models import MODELS
 from tests import tiny_flux
 from tests.diffusion.cache.toy import NUM_BLOCKS, TOKENS, WIDTH, Toy
 from vllm_omni import Omni, OmniDiffusionSamplingParams
 from vllm_omni.diffusion import cuda_graph
 from vllm_omni.diffusion.cuda_graph import GraphedBlocks, apply_cuda_graphs
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.model_loader.components import default_dtype, fill_with_random_weights
+from vllm_omni.diffusion.quantization import quantized_linears
+from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 
 
 def repeat_instead_of_replaying(shapes, run):
@@ -107,3 +112,30 @@ def test_compiled_and_graphed_pictures_are_those_of_eager_execution(side, tmp_pa
     for one, other in zip(outputs[True], outputs[False], strict=True):
         assert other.receipt.accelerations == ("torch.compile", "CUDA graphs")
         assert np.square(one.images[0] - other.images[0]).mean() < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+def test_nothing_in_a_forward_waits_for_the_device(name, quantization):
+    model = MODELS[name]
+    config = model.transformer_config | {"num_layers": 1}
+    config |= {"num_single_layers": 1} if "num_single_layers" in config else {}
+    od_config = OmniDiffusionConfig.from_options(
+        model=str(model.path), model_class_name="", device="cuda", dtype="bfloat16", quantization=quantization
+    )
+    with torch.device("cuda"), default_dtype(torch.bfloat16), quantized_linears(od_config):
+        transformer = model.our_class()(**get_transformer_config_kwargs(config, model.our_class()))
+    fill_with_random_weights(transformer)
+    inputs = {
+        key: value.cuda() if isinstance(value, torch.Tensor) else value
+        for key, value in model.inputs(True, 256, 256).items()
+    }
+    with torch.inference_mode():
+        transformer(**inputs)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            output = transformer(**inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(output).all()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from vllm_omni.diffusion.layers.operators import joint_linear_op, linear_gelu_op
+from vllm_omni.diffusion.layers.operators import joint_linear_op, linear_gelu_op, on_gpu
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.layers.linear import LinearBase
@@ -60,7 +60,7 @@ class LinearMethod:
         """``[..., I] -> [..., O]``."""
         if isinstance(x, torch.Tensor):
             return F.linear(x, layer.weight, layer.bias)
-        if x.prefix is None or not x.x.is_cuda:
+        if x.prefix is None or not on_gpu(x.x):
             return F.linear(x.joined(), layer.weight, layer.bias)
         # Two products, the second added to the first, cost less than to copy both inputs into one.
         first, second = layer.weight.split([x.prefix.shape[-1], x.x.shape[-1]], dim=1)
@@ -69,7 +69,7 @@ class LinearMethod:
 
     def apply_gelu(self, layer: LinearBase, x: torch.Tensor, start: int = 0) -> tuple[torch.Tensor, PendingInput]:
         """The output features before ``start``, and those from there on with GELU (tanh approximation) to come."""
-        if not x.is_cuda or layer.bias is None:
+        if not on_gpu(x) or layer.bias is None:
             output = self.apply(layer, x)
             return output[..., :start], PendingInput(output[..., start:], gelu=True)
         activated = linear_gelu_op(x, layer.weight[start:], layer.bias[start:])
@@ -78,7 +78,7 @@ class LinearMethod:
 
     def apply_joint(self, layer: LinearBase, x: torch.Tensor, other: LinearBase, y: torch.Tensor) -> torch.Tensor:
         """``x [B, T, I], y [B, S, I] -> [B, T + S, O]``: this layer of x, then the other, of the same kind, of y."""
-        if x.is_cuda and x.shape[0] == 1 and layer.bias is not None:
+        if on_gpu(x) and x.shape[0] == 1 and layer.bias is not None:
             return joint_linear_op(x, layer.weight, layer.bias, y, other.weight, other.bias)
         return torch.cat([self.apply(layer, x), self.apply(other, y)], dim=1)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 _LIBRARY = torch.library.Library("vllm_omni", "FRAGMENT")
 
@@ -23,11 +24,18 @@ def operator(function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     return getattr(torch.ops.vllm_omni, name)
 
 
+def on_gpu(x: torch.Tensor) -> bool:
+    """Whether it pays to call these operators instead of the plain functions of torch."""
+    return x.is_cuda
+
+
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """``x [..., K], weight [N, K], bias [N] -> GELU(x weight^T + bias) [..., N]``, tanh approximation.
 
     On a GPU cuBLAS computes GELU before it rounds and stores the product; a compiler would take that apart.
     """
+    if not x.is_cuda:  # there torch's operator computes GELU without the approximation
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
     output = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
     return output.unflatten(0, x.shape[:-1])
 

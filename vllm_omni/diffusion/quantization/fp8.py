@@ -13,7 +13,7 @@ import torch
 from vllm_omni.diffusion.layers import kernels
 from vllm_omni.diffusion.layers.linear import LinearBase
 from vllm_omni.diffusion.layers.linear_method import LinearMethod, PendingInput
-from vllm_omni.diffusion.layers.operators import joint_scaled_linear_op
+from vllm_omni.diffusion.layers.operators import joint_scaled_linear_op, on_gpu
 
 FP8_MAX = 448.0  # the largest number of e4m3
 _SMALLEST = 1e-12  # of a row of zeros
@@ -59,7 +59,7 @@ class Fp8LinearMethod(LinearMethod):
         return output[..., :start], PendingInput(output[..., start:], gelu=True)
 
     def apply_joint(self, layer: LinearBase, x: torch.Tensor, other: LinearBase, y: torch.Tensor) -> torch.Tensor:
-        if not x.is_cuda or x.shape[0] > 1 or layer.bias is None:
+        if not on_gpu(x) or x.shape[0] > 1 or layer.bias is None:
             return torch.cat([self.apply(layer, x), self.apply(other, y)], dim=1)
         arguments = []
         for each, tokens in ((layer, x), (other, y)):
