@@ -1,0 +1,95 @@
+"""What each lossy mode costs in quality: the shipped model's accuracy, and PSNR against its exact pictures.
+
+    python -m benchmarks.lossy_quality --json benchmarks/results/lossy_quality.json
+
+Captions, seeds and judge are those of ``shapes_accuracy.py``: held-out combinations of one to three objects. FP8 needs
+a GPU that has it; without one its rows are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import write_json
+from benchmarks.shapes_accuracy import NEGATIVE, SIDE, make_prompts
+from tools.shapes.judge import judge
+from vllm_omni import Omni, OmniDiffusionSamplingParams
+from vllm_omni.benchmarks.similarity import psnr
+from vllm_omni.entrypoints.omni import SHIPPED_MODEL
+from vllm_omni.platforms import default_device, get_platform
+
+
+def _tea(threshold: float) -> dict[str, Any]:
+    return {"cache_backend": "tea_cache", "cache_config": {"rel_l1_thresh": threshold}}
+
+
+def _dit(**options: Any) -> dict[str, Any]:
+    return {"cache_backend": "cache_dit", "cache_config": options}
+
+
+FP8 = {"quantization": "fp8"}
+MODES: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "fp8": FP8,
+    "tea_cache 0.1": _tea(0.1),
+    "tea_cache 0.2": _tea(0.2),
+    "cache_dit 0.12": _dit(residual_diff_threshold=0.12),
+    "cache_dit 0.24": _dit(residual_diff_threshold=0.24),
+    "cache_dit 0.24, TaylorSeer": _dit(residual_diff_threshold=0.24, enable_taylorseer=True),
+    "fp8, tea_cache 0.1": FP8 | _tea(0.1),
+    "fp8, cache_dit 0.12": FP8 | _dit(residual_diff_threshold=0.12),
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default=str(SHIPPED_MODEL))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--num-prompts", type=int, default=100, help="per number of objects")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    captions = [text for _, text in make_prompts(args.num_prompts, 0)]
+    has_fp8 = get_platform(default_device()).why_no_fp8() is None
+    modes = [mode for mode in args.modes if has_fp8 or "quantization" not in MODES[mode]]
+    if modes[0] != "exact":
+        modes.insert(0, "exact")
+    results: dict[str, Any] = {}
+    exact: list[Any] = []
+    for mode in modes:
+        started = time.perf_counter()
+        params = [
+            OmniDiffusionSamplingParams(
+                height=SIDE, width=SIDE, num_inference_steps=args.steps, true_cfg_scale=4.0, seed=seed
+            )
+            for seed in range(len(captions))
+        ]
+        with Omni(args.model, show_progress=False, **MODES[mode]) as omni:
+            outputs = omni.generate([{"prompt": text, "negative_prompt": NEGATIVE} for text in captions], params)
+        pictures = [output.images[0] for output in outputs]
+        exact = exact or pictures
+        right = [judge(picture, text).right for picture, text in zip(pictures, captions, strict=True)]
+        results[mode] = {"accuracy": 100 * float(np.mean(right))}
+        if mode != "exact":
+            ratios = [psnr(one, other) for one, other in zip(pictures, exact, strict=True)]
+            results[mode]["psnr_median"] = float(np.median(np.minimum(ratios, 100.0)))
+        skipped = [output.receipt.step_cache for output in outputs]
+        if skipped[0] is not None:
+            total = sum(use.num_forwards for use in skipped)
+            results[mode]["skipped"] = sum(use.num_skipped for use in skipped) / total
+        print(mode, results[mode], f"{time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    write_json(args.json, {"num_prompts": len(captions), "steps": args.steps, "modes": results})
+
+
+if __name__ == "__main__":
+    main()
