@@ -3,7 +3,9 @@
     python -m benchmarks.serving throughput --json benchmarks/results/serving_throughput.json
     python -m benchmarks.serving mixed --json benchmarks/results/serving_mixed.json
 
-``throughput``: pictures per second of clients that keep a server busy, beside ``Omni.generate`` of as many at once.
+``throughput``: pictures per second of clients that keep a server busy, beside ``Omni.generate`` of as many at once, and
+the CPU time of a picture. Both include post-processing; the server's also PNG, base64 and HTTP. The server needs a core
+more than the engine alone, so nothing else may run on the machine.
 ``mixed``: nine of ten requests are small, the tenth takes twenty times as many steps. The 95th percentile of the small
 ones' latency and the throughput, with the default policy and with whole requests one after the other (``fcfs`` with one
 seat). Each server is a process of its own; both get the same requests from the same number of clients. All arguments
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import statistics
 import subprocess
@@ -43,8 +46,8 @@ class Load:
 
 
 @contextmanager
-def server(*options: str) -> Iterator[str]:
-    """The address of a server in a process of its own."""
+def server(*options: str) -> Iterator[tuple[str, int]]:
+    """The address and the process id of a server in a process of its own."""
     command = [sys.executable, "-m", "vllm_omni", "serve", "--port", "0", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None, "it is a pipe"
@@ -52,11 +55,17 @@ def server(*options: str) -> Iterator[str]:
     if not line.startswith("serving"):
         raise RuntimeError(f"the server did not start: {' '.join(command)}")
     try:
-        yield line.split()[-1]
+        yield line.split()[-1], process.pid
     finally:
         process.terminate()
         process.wait()
         process.stdout.close()
+
+
+def cpu_seconds(pid: int | str = "self") -> float:
+    """CPU time that a process has used: what it costs, however many others the machine serves meanwhile."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def run_load(address: str, load: Load) -> tuple[float, list[tuple[int, float]]]:
@@ -84,7 +93,8 @@ def measure_throughput(args: argparse.Namespace) -> dict[str, Any]:
     """Pictures per second, in turns of one and the other so that a drift of the machine touches both alike."""
     load = Load((args.steps,) * args.num_requests, args.num_clients, args.side)
     rates: dict[str, list[float]] = {"offline": [], "http": []}
-    with Omni(args.model, show_progress=False) as omni, server(*model_of(args), *args.options) as address:
+    cpu: dict[str, list[float]] = {"offline": [], "http": []}
+    with Omni(args.model, show_progress=False) as omni, server(*model_of(args), *args.options) as (address, pid):
 
         def offline(num_requests: int) -> None:
             params = [
@@ -100,12 +110,20 @@ def measure_throughput(args: argparse.Namespace) -> dict[str, Any]:
         offline(args.num_clients)
         asyncio.run(run_load(address, Load((args.steps,) * 3 * args.num_clients, args.num_clients, args.side)))
         for _ in range(args.trials):
-            started = time.perf_counter()
+            started, before = time.perf_counter(), (cpu_seconds(), cpu_seconds(pid))
             offline(args.num_requests)
             rates["offline"].append(args.num_requests / (time.perf_counter() - started))
+            cpu["offline"].append((cpu_seconds() - before[0]) / args.num_requests)
             rates["http"].append(args.num_requests / asyncio.run(run_load(address, load))[0])
+            cpu["http"].append((cpu_seconds(pid) - before[1]) / args.num_requests)
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    return {"pictures_per_second": rates, "medians": medians, "ratio": medians["http"] / medians["offline"]}
+    costs = {name: statistics.median(values) for name, values in cpu.items()}
+    return {
+        "pictures_per_second": rates,
+        "cpu_seconds_per_picture": cpu,
+        "ratio": medians["http"] / medians["offline"],
+        "cpu_ratio": costs["offline"] / costs["http"],
+    }
 
 
 def measure_mixed(args: argparse.Namespace) -> dict[str, Any]:
@@ -117,7 +135,7 @@ def measure_mixed(args: argparse.Namespace) -> dict[str, Any]:
     policies = {"shortest": (), "whole requests, first come": ("--scheduling-policy", "fcfs", "--max-num-seqs", "1")}
     results: dict[str, Any] = {"num_small": steps.count(args.steps), "num_long": steps.count(long_steps)}
     for name, options in policies.items():
-        with server(*model_of(args), *options, *args.options) as address:
+        with server(*model_of(args), *options, *args.options) as (address, _):
             asyncio.run(run_load(address, Load((args.steps,) * 16, 4, args.side)))
             seconds, latencies = asyncio.run(run_load(address, load))
         small = [latency for num_steps, latency in latencies if num_steps == args.steps]
