@@ -128,6 +128,9 @@ def test_an_error_of_one_request_harms_no_other(omni, runner, monkeypatch):
     assert isinstance(failed, GenerationError)
     assert "the kernel gave up" in str(failed)
     assert kept.finished
+    told = next(live for live in omni.live.all() if live.error is not None)
+    assert str(told.error) == "the kernel gave up"
+    assert told.error.__traceback__ is None, "its frames would keep tensors alive"
 
 
 def test_a_failure_of_the_workers_takes_those_in_progress_and_the_engine_goes_on(qwen_folder, monkeypatch):

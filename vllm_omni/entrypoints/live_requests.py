@@ -160,12 +160,20 @@ class LiveRequests:
         if isinstance(event, StepProgress):
             request.state, request.step = "running", event.step
             return
-        request.state, request.error, request.finished = event.finish_reason, event.error, time.time()
+        request.state, request.finished = event.finish_reason, time.time()
+        request.error = None if event.error is None else _without_traceback(event.error)
         request.watchers.clear()
         del self._live[request.request_id]
         self._finished[request.request_id] = request
         while len(self._finished) > NUM_FINISHED_KEPT:
             self._finished.popitem(last=False)
+
+
+def _without_traceback(error: BaseException) -> BaseException:
+    """A copy to keep: the frames of a traceback hold the tensors that were in use."""
+    copy = type(error).__new__(type(error), *error.args)
+    copy.__dict__.update(error.__dict__)
+    return copy
 
 
 def _put_all(deliveries: list[tuple[Watcher, Any]]) -> None:
