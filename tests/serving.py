@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import sys
 import threading
 import time
 import urllib.error
@@ -75,5 +77,7 @@ def running_server(omni: AsyncOmni, **config: Any):
         yield RunningServer(server)
     finally:
         server.should_exit = True
-        thread.join(timeout=30)
+        thread.join(timeout=60)
+        if thread.is_alive():
+            faulthandler.dump_traceback(file=sys.__stderr__)
         assert not thread.is_alive(), "the server did not end"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import types
 
 import pytest
 
@@ -23,7 +24,8 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 1000.0
-        monkeypatch.setattr(scheduler_module.time, "monotonic", lambda: self.now)
+        # Not the function of the module time itself: event loops of other threads live by it.
+        monkeypatch.setattr(scheduler_module, "time", types.SimpleNamespace(monotonic=lambda: self.now))
         monkeypatch.setattr(scheduler_module, "_SECONDS_OF_A_RANKING", 0.0)
 
 

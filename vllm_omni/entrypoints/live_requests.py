@@ -14,7 +14,10 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union
 
+from vllm_omni.logger import init_logger
 from vllm_omni.outputs import OmniRequestOutput, StepProgress
+
+logger = init_logger(__name__)
 
 RequestState = Literal["queued", "running", "completed", "aborted", "failed"]
 RequestEvent = Union[StepProgress, OmniRequestOutput]
@@ -153,8 +156,10 @@ class LiveRequests:
                         by_loop.setdefault(watcher.loop, []).append((watcher, event))
                 self._note(request, event)
         for loop, deliveries in by_loop.items():
-            if not loop.is_closed():
+            try:
                 loop.call_soon_threadsafe(_put_all, deliveries)
+            except RuntimeError:
+                logger.debug("an event loop closed while its watchers waited")
 
     def _note(self, request: LiveRequest, event: RequestEvent) -> None:
         if isinstance(event, StepProgress):
