@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from vllm_omni.entrypoints.openai import audio, chat, files, health, images, models, requests, videos
+from vllm_omni.entrypoints.openai import audio, chat, files, health, images, models, page, requests, videos
 from vllm_omni.entrypoints.openai.errors import install_error_handlers
 from vllm_omni.entrypoints.openai.gate import Gate
 from vllm_omni.entrypoints.openai.jobs import VideoJobs
@@ -18,7 +18,7 @@ from vllm_omni.entrypoints.openai.metrics import ServerMetrics
 from vllm_omni.entrypoints.openai.server import Server
 from vllm_omni.version import __version__
 
-_ROUTERS = tuple(part.router for part in (images, videos, chat, audio, models, requests, files, health))
+_ROUTERS = tuple(part.router for part in (images, videos, chat, audio, models, requests, files, health, page))
 
 
 def create_app(server: Server) -> ASGIApp:

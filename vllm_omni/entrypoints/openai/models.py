@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from typing import Any
 
 from fastapi import APIRouter, Request
 
+from vllm_omni.diffusion.data import TASKS, RequestSpec
+from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.entrypoints.openai.server import Server, server_of
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
+
+_USUAL_PARAMETERS = ("height", "width", "num_inference_steps", "guidance_scale")
 
 
 @router.get("")
@@ -27,6 +34,8 @@ async def retrieve_model(model: str, request: Request) -> dict[str, Any]:
 
 def _model(server: Server) -> dict[str, Any]:
     engine = server.omni.engine
+    defaults = engine.request_defaults
+    model = resolve_diffusion_model(engine.od_config.model_class_name)
     return {
         "id": server.model_name,
         "object": "model",
@@ -36,5 +45,29 @@ def _model(server: Server) -> dict[str, Any]:
         "pipeline": engine.od_config.model_class_name,
         "takes_images": engine.takes_images,
         "shows_previews": engine.has_previews,
-        "defaults": engine.request_defaults,
+        "defaults": defaults,
+        **_what_requests_may_say(model.request_spec(engine.od_config), defaults),
+    }
+
+
+def _what_requests_may_say(spec: RequestSpec | None, defaults: dict[str, Any]) -> dict[str, Any]:
+    """For clients that make a form of it. Of a model that does not say what it takes, the usual is assumed."""
+    if spec is None:
+        spec = RequestSpec(defaults=dict.fromkeys(_USUAL_PARAMETERS))
+    hints = typing.get_type_hints(OmniDiffusionSamplingParams)
+    fields = {field.name: field for field in dataclasses.fields(OmniDiffusionSamplingParams)}
+    return {
+        "tasks": list(spec.tasks),
+        "needs_images": bool(spec.tasks) and all(TASKS[task] for task in spec.tasks),
+        "takes_negative_prompt": "negative_prompt" in spec.prompt_keys,
+        "size_multiple": spec.size_multiple,
+        "parameters": {
+            name: {
+                "type": "integer" if int in typing.get_args(hints[name]) else "number",
+                "default": defaults.get(name),  # null: it follows from the others
+                "description": fields[name].metadata["help"],
+            }
+            for name in spec.defaults
+        },
+        "extra_args": {**spec.extra_args, **defaults.get("extra_args", {})},
     }

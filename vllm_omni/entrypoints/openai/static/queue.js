@@ -1,0 +1,70 @@
+// What the server has in hand, for all its users.
+
+import { call, send } from "./api.js";
+import { button, byId, el, seconds } from "./dom.js";
+
+const EVERY_MS = 1000;
+const NUM_FINISHED = 10;
+const dialog = byId("queue");
+let timer = null;
+
+export async function open() {
+  dialog.showModal();
+  await refresh();
+}
+
+async function refresh() {
+  clearTimeout(timer);
+  try {
+    show((await call("v1/requests")).data);
+    byId("queue-error").hidden = true;
+  } catch (error) {
+    byId("queue-error").textContent = error.message;
+    byId("queue-error").hidden = false;
+  }
+  if (dialog.open) timer = setTimeout(refresh, EVERY_MS);
+}
+
+function show(requests) {
+  const live = requests.filter((request) => request.finished_at === null);
+  const finished = requests.filter((request) => request.finished_at !== null);
+  finished.sort((a, b) => b.finished_at - a.finished_at);
+  byId("queue-empty").hidden = live.length > 0;
+  const focused = document.activeElement?.dataset.request;
+  byId("queue-list").replaceChildren(...[...live, ...finished.slice(0, NUM_FINISHED)].map(row));
+  // The rows are new; whoever was on a button stays there.
+  if (focused) byId("queue-list").querySelector(`[data-request="${CSS.escape(focused)}"]`)?.focus();
+}
+
+function row(request) {
+  const isLive = request.finished_at === null;
+  const facts = [request.kind, request.size, isLive ? `step ${request.step} of ${request.num_steps}` : null];
+  if (isLive && request.eta_s !== null) facts.push(`${seconds(request.eta_s)} left`);
+  if (!isLive) facts.push(`after ${seconds(request.finished_at - request.created_at)}`);
+  if (request.error) facts.push(request.error.message);
+  const cancel = button("Cancel", () => end(request.id), { "aria-label": `Cancel ${request.prompt}` });
+  cancel.dataset.request = request.id;
+  return el(
+    "li",
+    {},
+    el("span", { className: `state ${request.state}`, textContent: request.state }),
+    el("span", { className: "prompt", textContent: request.prompt ?? "(no text)" }),
+    isLive ? cancel : null,
+    el("span", { className: "muted facts", textContent: facts.filter(Boolean).join(" · ") }),
+    isLive ? el("progress", { max: 1, value: request.progress, "aria-label": `Progress of ${request.prompt}` }) : null,
+  );
+}
+
+async function end(id) {
+  try {
+    await send(`v1/requests/${encodeURIComponent(id)}`, { method: "DELETE" });
+  } catch (error) {
+    if (error.code !== "request_finished") byId("queue-error").textContent = error.message;
+  }
+  await refresh();
+}
+
+export function wire() {
+  byId("open-queue").addEventListener("click", open);
+  dialog.addEventListener("close", () => clearTimeout(timer));
+}
