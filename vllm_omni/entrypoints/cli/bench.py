@@ -1,4 +1,4 @@
-"""``vllm-omni bench latency``: seconds of one batch from prompts to pictures, for one batch size or several."""
+"""``vllm-omni bench``: ``latency``, seconds of a batch from prompts to pictures, and ``serve``, a load on a server."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.benchmarks.timing import LatencySummary, alternate, environment, median, write_json
+from vllm_omni.entrypoints.cli import bench_serve
 from vllm_omni.entrypoints.cli.arguments import (
     add_engine_arguments,
     add_sampling_arguments,
@@ -46,10 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     latency.add_argument("--output-json", type=Path, metavar="FILE", help="write results and environment here")
     add_sampling_arguments(latency)
     add_engine_arguments(latency)
+    text = "latency and throughput of a server under load"
+    bench_serve.add_arguments(benchmarks.add_parser("serve", help=text, description=text.capitalize() + "."))
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Carry the command out: load, measure each batch size, print a table, write JSON."""
+    if arguments.benchmark == "serve":
+        bench_serve.run(arguments)
+        return
     params = OmniDiffusionSamplingParams(**{"seed": 0, **sampling_values(vars(arguments))})
     prompt = _prompt(arguments)
     started = time.perf_counter()
