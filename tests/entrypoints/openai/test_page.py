@@ -7,7 +7,7 @@ import re
 import pytest
 from PIL import Image
 
-from tests import tiny_flux
+from tests import tiny_flux, tiny_wan
 from tests.browser import chromium
 from tests.serving import running_server
 from vllm_omni import AsyncOmni
@@ -249,3 +249,33 @@ def test_a_picture_is_edited_from_the_gallery(open_page, tmp_path):
         page.click("text=Generate")
         made(page, 2)
         assert pixels(page, 0) != pixels(page, 1)
+
+
+def test_a_video_is_a_job_that_the_page_finds_again(open_page, tmp_path):
+    with AsyncOmni(str(tiny_wan.wan_t2v(tmp_path / "model"))) as omni, running_server(omni) as server:
+        page = open_page(server)
+        page.locator("#size-fields").wait_for()
+        assert not page.locator("#n").is_visible()
+        page.click("#more summary")
+        page.get_by_label("num frames").fill("5")
+        small = {"width": 48, "height": 32}
+        for name, value in small.items():
+            page.fill(f"#{name}", str(value))
+        page.fill("#prompt", PROMPT)
+        page.fill("#num_inference_steps", "2")
+        page.click("text=Generate")
+        made(page, 1)
+        assert re.match(r"48 . 32 · 0.3 s at 16/s · 2 steps · seed \d+ · took", facts(page))
+        video = page.locator(f"{MADE} video")
+        page.wait_for_timeout(100)
+        assert video.evaluate("video => [video.error, video.videoWidth]") == [None, 48]
+        page.fill("#num_inference_steps", "2000")
+        page.click("text=Generate")
+        page.locator(".running .facts", has_text="Step").wait_for()
+        page.reload()
+        page.locator(".running .facts", has_text="Step").wait_for()
+        page.click(".running >> text=Cancel")
+        page.locator(".running").wait_for(state="detached")
+        page.reload()
+        made(page, 1)
+        assert page.locator(".running").count() == 0

@@ -19,6 +19,8 @@ export function build(served) {
   byId("negative_prompt").placeholder = (defaults.negative_prompt ?? "").trim() || "optional";
   byId("image-field").hidden = !model.takes_images;
   byId("size-fields").hidden = !("height" in parameters);
+  byId("n-field").hidden = model.output === "video";
+  byId("image").multiple = model.output !== "video";
   byId("steps-field").hidden = !("num_inference_steps" in parameters);
   for (const name of WITH_OWN_FIELDS) {
     byId(name).placeholder = parameters[name]?.default ?? "auto";
@@ -111,7 +113,7 @@ export function fill(fields, pictures = null) {
 /** Mark the field that an error names. Returns whether there is one. */
 export function showError(error) {
   clearErrors();
-  const name = { size: "width" }[error.param] ?? error.param;
+  const name = { size: "width", input_reference: "image" }[error.param] ?? error.param;
   const input = [...form.elements].find((element) => element.name === name);
   if (!input || input.closest(".field").hidden) return false;
   if (input.closest("details")) input.closest("details").open = true;
@@ -147,7 +149,7 @@ export function setImages(pictures) {
 
 function addImages(files) {
   const added = [...files].filter((file) => file.type.startsWith("image/"));
-  if (added.length > 0) setImages([...images, ...added]);
+  if (added.length > 0) setImages(byId("image").multiple ? [...images, ...added] : added.slice(-1));
 }
 
 function showShape() {

@@ -40,7 +40,7 @@ export async function keep(run, model) {
     const fields = { ...rest };
     const pictureSeed = receipt.seeds?.[Math.floor(index / perSeed)] ?? seed;
     if (pictureSeed !== undefined) fields.seed = pictureSeed;
-    const blob = blobOf(entry.b64_json, `image/${run.result.output_format}`);
+    const blob = entry.blob ?? blobOf(entry.b64_json, `image/${run.result.output_format}`);
     fresh.push({ created: Date.now(), blob, fields, images: run.images, model, seconds: timings.total_s, receipt });
   }
   for (const record of fresh) {
@@ -99,19 +99,31 @@ export function urlOf(record) {
   return record.url;
 }
 
+const isVideo = (record) => record.blob.type.startsWith("video/");
+
+/** An element that shows a record: a picture, or a video. */
+export function mediaOf(record, properties = {}) {
+  const src = urlOf(record);
+  const text = record.fields.prompt;
+  if (!isVideo(record)) return el("img", { src, alt: text, decoding: "async", ...properties });
+  const autoplay = !matchMedia("(prefers-reduced-motion: reduce)").matches;
+  return el("video", { src, autoplay, loop: true, muted: true, playsInline: true, "aria-label": text, ...properties });
+}
+
 export function describe(record) {
   const { receipt, fields } = record;
   const parts = [];
   if (receipt.width) parts.push(`${receipt.width} × ${receipt.height}`);
+  if (receipt.num_frames) parts.push(`${(receipt.num_frames / receipt.fps).toFixed(1)} s at ${receipt.fps}/s`);
   if (receipt.num_inference_steps) parts.push(`${receipt.num_inference_steps} steps`);
   if (fields.seed !== undefined) parts.push(`seed ${fields.seed}`);
-  parts.push(seconds(record.seconds));
+  parts.push(`took ${seconds(record.seconds)}`);
   return parts.join(" · ");
 }
 
 function pictureCard(record) {
-  const picture = el("img", { src: urlOf(record), alt: record.fields.prompt, loading: "lazy", decoding: "async" });
-  const view = el("button", { type: "button", className: "view", onclick: () => actions.view(record) }, picture);
+  const media = mediaOf(record);
+  const view = el("button", { type: "button", className: "view", onclick: () => actions.view(record) }, media);
   const compare = button("Compare", () => actions.compare(record, compare), { "aria-pressed": "false" });
   record.card = el(
     "li",
@@ -119,7 +131,7 @@ function pictureCard(record) {
     view,
     el("p", { className: "prompt", textContent: record.fields.prompt, title: record.fields.prompt }),
     el("p", { className: "muted facts", textContent: describe(record) }),
-    el("div", { className: "card-actions" }, ...buttons(record), compare),
+    el("div", { className: "card-actions" }, ...buttons(record), isVideo(record) ? null : compare),
   );
   return record.card;
 }
@@ -129,7 +141,7 @@ export function buttons(record) {
   return [
     button("Again", () => actions.again(record), { title: "Put all its parameters, the seed too, into the form" }),
     button("Variation", () => actions.variation(record), { title: "The same with another seed, at once" }),
-    actions.edit && button("Edit this", () => actions.edit(record), { title: "Start from this picture" }),
+    actions.edit && !isVideo(record) && button("Edit this", () => actions.edit(record), { title: "Start from this picture" }),
   ].filter(Boolean);
 }
 

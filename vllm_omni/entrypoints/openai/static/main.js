@@ -15,7 +15,7 @@ let isGalleryOpen = false;
 
 function generate({ fields, images }) {
   announce("Sent.");
-  runs.start(fields, images, (run) => onChange(run));
+  runs.start(model.output, fields, images, onChange);
 }
 
 function onChange(run) {
@@ -62,9 +62,10 @@ async function start() {
   document.title = `${model.id} · vllm-omni`;
   form.build(model);
   if (!model.takes_images) actions.edit = null;
-  if (!isGalleryOpen) await gallery.open(actions);
+  if (isGalleryOpen) return undefined;
   isGalleryOpen = true;
-  return undefined;
+  await gallery.open(actions);
+  return runs.resume(onChange);
 }
 
 function askForKey(why) {
@@ -109,6 +110,6 @@ form.wire(generate);
 viewer.wire();
 compare.wire();
 queue.wire();
-// Requests of a page that is closed are cancelled by the server.
-addEventListener("beforeunload", (event) => runs.isBusy() && event.preventDefault());
+// The server ends the requests of a page that is closed, but for jobs.
+addEventListener("beforeunload", (event) => runs.wouldLose() && event.preventDefault());
 start();

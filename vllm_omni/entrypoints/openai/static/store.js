@@ -1,23 +1,28 @@
-// The gallery's pictures, kept in this browser (IndexedDB). A record is
-// {id, created, blob, fields, images, model, seconds, receipt}: `fields` and `images` make the same picture again.
+// What is kept in this browser (IndexedDB): the gallery's pictures and videos, and jobs that were not done yet. A record is
+// {id, created, blob, fields, images, model, seconds, receipt}: `fields` and `images` make the same again. A job is
+// {id, fields, images}.
 
 const NAME = "vllm-omni";
 const PICTURES = "pictures";
+const JOBS = "jobs";
 let opening = null;
 
 function open() {
   opening ??= new Promise((resolve, reject) => {
     const request = indexedDB.open(NAME, 1);
-    request.onupgradeneeded = () => request.result.createObjectStore(PICTURES, { keyPath: "id", autoIncrement: true });
+    request.onupgradeneeded = () => {
+      request.result.createObjectStore(PICTURES, { keyPath: "id", autoIncrement: true });
+      request.result.createObjectStore(JOBS, { keyPath: "id" });
+    };
     request.onsuccess = () => resolve(request.result);
     request.onerror = () => reject(request.error);
   });
   return opening;
 }
 
-async function inStore(mode, act) {
-  const transaction = (await open()).transaction(PICTURES, mode);
-  const request = act(transaction.objectStore(PICTURES));
+async function inStore(name, mode, act) {
+  const transaction = (await open()).transaction(name, mode);
+  const request = act(transaction.objectStore(name));
   return new Promise((resolve, reject) => {
     transaction.oncomplete = () => resolve(request.result);
     transaction.onabort = transaction.onerror = () => reject(transaction.error ?? request.error);
@@ -25,10 +30,14 @@ async function inStore(mode, act) {
 }
 
 /** Keep a record; returns its id. */
-export const add = (record) => inStore("readwrite", (store) => store.add(record));
-export const remove = (id) => inStore("readwrite", (store) => store.delete(id));
-export const clear = () => inStore("readwrite", (store) => store.clear());
-export const count = () => inStore("readonly", (store) => store.count());
+export const add = (record) => inStore(PICTURES, "readwrite", (store) => store.add(record));
+export const remove = (id) => inStore(PICTURES, "readwrite", (store) => store.delete(id));
+export const clear = () => inStore(PICTURES, "readwrite", (store) => store.clear());
+export const count = () => inStore(PICTURES, "readonly", (store) => store.count());
+
+export const addJob = (job) => inStore(JOBS, "readwrite", (store) => store.put(job));
+export const removeJob = (id) => inStore(JOBS, "readwrite", (store) => store.delete(id));
+export const jobs = () => inStore(JOBS, "readonly", (store) => store.getAll());
 
 /** At most `number` records with an id below `before`, the newest first. */
 export async function older(before, number) {

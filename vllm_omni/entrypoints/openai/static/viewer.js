@@ -42,7 +42,7 @@ export function view(record) {
   const actions = gallery.buttons(record);
   for (const action of actions) action.onclick = close(action.onclick);
   byId("viewer-body").replaceChildren(
-    el("img", { src: url, alt: fields.prompt }),
+    gallery.mediaOf(record, { controls: true }),
     el(
       "div",
       {},
