@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 
 import numpy as np
 import openai
@@ -71,6 +72,22 @@ def test_pictures_may_be_fetched_from_an_address(client, server):
     assert Image.open(io.BytesIO(content)).size == (64, 64)
 
 
+def test_a_stream_tells_its_progress_if_asked(server):
+    body = {"prompt": PROMPT, "size": "64x64", "num_inference_steps": 40, "seed": 1, "stream": True}
+    content = server.call("POST", "/v1/images/generations", body | {"stream_progress": True})[2].decode()
+    blocks = [block.split("\n", 1) for block in content.strip().split("\n\n")]
+    events = [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
+    assert {name for name, _ in events[:-1]} == {"progress"}
+    steps = [told["step"] for _, told in events[:-1]]
+    assert steps[0] == 0
+    assert steps == sorted(steps)
+    assert steps[-1] == 40
+    assert any(told.get("preview", "").startswith("data:image/jpeg;base64,") for _, told in events)
+    assert events[-1][0] == "image_generation.completed"
+    whole = server.call("POST", "/v1/images/generations", body | {"stream": False})[2]
+    assert events[-1][1]["b64_json"] == whole["data"][0]["b64_json"]
+
+
 @pytest.mark.parametrize(
     ("num_steps", "num_previews", "steps"),
     [(9, 2, {3, 6}), (20, 3, {5, 10, 15}), (20, 0, set()), (1, 3, set()), (2, 3, {1}), (4, 1, {2})],
@@ -104,6 +121,7 @@ def test_fields_of_extra_body_may_stand_in_one_and_twice_is_an_error(server):
         ({"style": "vivid"}, "style", "unknown field"),
         ({"output_compression": 50}, "output_compression", "png"),
         ({"partial_images": 2}, "partial_images", "stream"),
+        ({"extra_body": {"stream_progress": True}}, "stream_progress", "needs stream=true"),
         ({"prompt": None}, "prompt", "missing"),
     ],
 )

@@ -17,10 +17,11 @@ from vllm_omni.entrypoints.live_requests import Watcher
 from vllm_omni.entrypoints.openai.errors import ApiError, as_api_error
 from vllm_omni.entrypoints.openai.media import base64_text, encode_picture, encode_preview, flat_pictures, opaque
 from vllm_omni.entrypoints.openai.protocol import PictureFields, RequestFields
+from vllm_omni.entrypoints.openai.requests import PacedPreviews, progress_event
 from vllm_omni.entrypoints.openai.server import EventStream, Server, placing_of, server_of, sse, unless_disconnected
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
-from vllm_omni.outputs import OmniRequestOutput, StepProgress
+from vllm_omni.outputs import OmniRequestOutput
 
 
 def prompt_of(body: PictureFields, images: Sequence[Any] = (), mask: Any = None) -> OmniPrompt:
@@ -113,10 +114,13 @@ async def _stream(
             " (latent_preview.json), so it shows no partial pictures; use 0",
             param="partial_images",
         )
-    watcher = Watcher(
-        progress=body.partial_images > 0,
-        previews=lambda step, num_steps: step in partial_steps(num_steps, body.partial_images),
-    )
+    if body.stream_progress:
+        watcher = Watcher(previews=PacedPreviews())
+    else:
+        watcher = Watcher(
+            progress=body.partial_images > 0,
+            previews=lambda step, num_steps: step in partial_steps(num_steps, body.partial_images),
+        )
     request_id = await omni.submit(prompt, params, watcher=watcher, **placing_of(request, body), kind="image")
     events = _events(server_of(request), body, event_name, watcher, request_id)
     return EventStream(events, on_end=lambda: omni.abort(request_id))
@@ -134,11 +138,15 @@ async def _events(
     assert live is not None, "the request was just queued"
     size = (live.width, live.height) if live.width is not None and live.height is not None else None
     num_partial = 0
+    if body.stream_progress:
+        yield await progress_event(server, live)
     async for event in watcher.events():
         if isinstance(event, OmniRequestOutput):
             async for text in _completed(server, body, event_name, event):
                 yield text
-        elif isinstance(event, StepProgress) and event.preview is not None:
+        elif body.stream_progress:
+            yield await progress_event(server, live, event)
+        elif event.preview is not None:
             for index, preview in enumerate(event.preview):
                 file = await asyncio.to_thread(encode_preview, preview, size, body.output_format)
                 content = {

@@ -132,11 +132,18 @@ class PictureFields(GenerationFields):
     safety_identifier: str | None = Field(None, max_length=256, description="as user")
     stream: bool = Field(False, description="server-sent events, with partial pictures on the way")
     partial_images: int = Field(0, ge=0, le=3, description="with stream: number of partial pictures")
+    stream_progress: bool = Field(
+        False, description="with stream: events of progress with the time left and previews, instead of partial_images"
+    )
 
     @model_validator(mode="after")
     def _check_combinations(self) -> PictureFields:
         if self.partial_images and not self.stream:
             raise InvalidRequestError("partial_images needs stream=true", param="partial_images")
+        if self.stream_progress and (self.partial_images or not self.stream):
+            raise InvalidRequestError(
+                "stream_progress needs stream=true and no partial_images", param="stream_progress"
+            )
         if self.output_compression is not None and self.output_format == "png":
             raise InvalidRequestError(
                 "output_compression has no effect on png, which loses nothing; use jpeg or webp, or leave it out",

@@ -43,7 +43,7 @@ async def watch_request(request_id: str, request: Request, preview: bool = True)
     """Progress and previews of a request as server-sent events, until it ends."""
     server = server_of(request)
     live = _found(server, request_id)
-    watcher = Watcher(previews=_Paced() if preview else frozenset())
+    watcher = Watcher(previews=PacedPreviews() if preview else frozenset())
     is_watched = server.omni.live.watch(request_id, watcher)
     events = _events(server, live, watcher if is_watched else None)
     return EventStream(events, on_end=lambda: server.omni.live.unwatch(request_id, watcher))
@@ -100,7 +100,7 @@ def describe(live: LiveRequest, seconds_left: Mapping[str, float]) -> dict[str, 
     }
 
 
-class _Paced:
+class PacedPreviews:
     """A preview now and then, however fast the steps are."""
 
     def __init__(self) -> None:
@@ -116,8 +116,7 @@ class _Paced:
 
 async def _events(server: Server, live: LiveRequest, watcher: Watcher | None) -> AsyncIterator[str]:
     """``progress`` after steps, and a last event named by how the request ended."""
-    seconds_left = server.omni.engine.seconds_left
-    yield sse(describe(live, seconds_left()), "progress")
+    yield await progress_event(server, live)
     while watcher is not None and not live.is_finished:
         try:
             event: RequestEvent = await asyncio.wait_for(watcher.get(), _SECONDS_BETWEEN_SIGNS_OF_LIFE)
@@ -125,12 +124,17 @@ async def _events(server: Server, live: LiveRequest, watcher: Watcher | None) ->
             yield ": still here\n\n"
             continue
         if isinstance(event, StepProgress):
-            content = describe(live, seconds_left())
-            if event.preview is not None:
-                file = await asyncio.to_thread(encode_preview, event.preview[0], None, "jpeg")
-                content["preview"] = data_url(file, "jpeg")
-            yield sse(content, "progress")
+            yield await progress_event(server, live, event)
     yield sse(describe(live, {}), live.state)
+
+
+async def progress_event(server: Server, live: LiveRequest, step: StepProgress | None = None) -> str:
+    """How far a request is, with the preview if the step that it took has one."""
+    content = describe(live, server.omni.engine.seconds_left())
+    if step is not None and step.preview is not None:
+        file = await asyncio.to_thread(encode_preview, step.preview[0], None, "jpeg")
+        content["preview"] = data_url(file, "jpeg")
+    return sse(content, "progress")
 
 
 def _found(server: Server, request_id: str) -> LiveRequest:

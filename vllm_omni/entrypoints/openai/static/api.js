@@ -53,8 +53,8 @@ async function asError(response) {
 }
 
 /** Server-sent events of a path: `{name, data}`, until the server ends them. */
-export async function* events(path, signal) {
-  const reader = (await send(path, { signal })).body.pipeThrough(new TextDecoderStream()).getReader();
+export async function* events(path, options) {
+  const reader = (await send(path, options)).body.pipeThrough(new TextDecoderStream()).getReader();
   let unread = "";
   for (;;) {
     const { value, done } = await reader.read();

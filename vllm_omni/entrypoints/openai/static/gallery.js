@@ -40,8 +40,7 @@ export async function keep(run, model) {
     const fields = { ...rest };
     const pictureSeed = receipt.seeds?.[Math.floor(index / perSeed)] ?? seed;
     if (pictureSeed !== undefined) fields.seed = pictureSeed;
-    const blob = entry.blob ?? blobOf(entry.b64_json, `image/${run.result.output_format}`);
-    fresh.push({ created: Date.now(), blob, fields, images: run.images, model, seconds: timings.total_s, receipt });
+    fresh.push({ created: Date.now(), blob: entry.blob, fields, images: run.images, model, seconds: timings.total_s, receipt });
   }
   for (const record of fresh) {
     try {
@@ -55,10 +54,6 @@ export async function keep(run, model) {
   run.card.replaceWith(...fresh.reverse().map(pictureCard));
   announce(`Finished: ${run.fields.prompt}`);
   update();
-}
-
-function blobOf(base64, type) {
-  return new Blob([Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0))], { type });
 }
 
 export async function remove(record) {
@@ -114,10 +109,10 @@ export function describe(record) {
   const { receipt, fields } = record;
   const parts = [];
   if (receipt.width) parts.push(`${receipt.width} × ${receipt.height}`);
-  if (receipt.num_frames) parts.push(`${(receipt.num_frames / receipt.fps).toFixed(1)} s at ${receipt.fps}/s`);
+  if (receipt.num_frames) parts.push(`${receipt.num_frames} frames at ${receipt.fps}/s`);
   if (receipt.num_inference_steps) parts.push(`${receipt.num_inference_steps} steps`);
   if (fields.seed !== undefined) parts.push(`seed ${fields.seed}`);
-  parts.push(`took ${seconds(record.seconds)}`);
+  parts.push(seconds(record.seconds));
   return parts.join(" · ");
 }
 

@@ -5,10 +5,14 @@ import { button, byId, el, seconds } from "./dom.js";
 
 const EVERY_MS = 1000;
 const NUM_FINISHED = 10;
+const WORDS = { aborted: "cancelled" };
 const dialog = byId("queue");
 let timer = null;
 
 export async function open() {
+  byId("queue-empty").textContent = "Asking the server …";
+  byId("queue-empty").hidden = false;
+  byId("queue-list").replaceChildren();
   dialog.showModal();
   await refresh();
 }
@@ -29,6 +33,7 @@ function show(requests) {
   const live = requests.filter((request) => request.finished_at === null);
   const finished = requests.filter((request) => request.finished_at !== null);
   finished.sort((a, b) => b.finished_at - a.finished_at);
+  byId("queue-empty").textContent = "Nothing waits and nothing runs.";
   byId("queue-empty").hidden = live.length > 0;
   const focused = document.activeElement?.dataset.request;
   byId("queue-list").replaceChildren(...[...live, ...finished.slice(0, NUM_FINISHED)].map(row));
@@ -47,7 +52,7 @@ function row(request) {
   return el(
     "li",
     {},
-    el("span", { className: `state ${request.state}`, textContent: request.state }),
+    el("span", { className: `state ${request.state}`, textContent: WORDS[request.state] ?? request.state }),
     el("span", { className: "prompt", textContent: request.prompt ?? "(no text)" }),
     isLive ? cancel : null,
     el("span", { className: "muted facts", textContent: facts.filter(Boolean).join(" · ") }),

@@ -3,10 +3,8 @@
 import { ApiError, call, events, send } from "./api.js";
 import * as store from "./store.js";
 
-// A browser opens at most six connections to a server of HTTP/1.1. A run holds two, for its answer and for its
-// progress; what remains is for the queue, a cancellation and another tab.
-const MAX_AT_ONCE = 2;
-const ASK_EVERY_MS = 100;
+// A browser opens at most six connections to a server of HTTP/1.1, all its tabs together. A run holds one.
+const MAX_AT_ONCE = 3;
 const ASK_FOR_JOB_EVERY_MS = 1000;
 
 const waiting = [];
@@ -21,7 +19,7 @@ export const wouldLose = () => waiting.length > 0 || [...inFlight].some((run) =>
  */
 export function start(kind, fields, images, onChange, id = null) {
   const run = { kind, fields, images, onChange, state: "waiting", progress: null, result: null, error: null };
-  Object.assign(run, { id: id ?? newId(), isKnown: id !== null, abort: new AbortController() });
+  Object.assign(run, { id, abort: new AbortController() }); // The id is that of a job which the server has.
   waiting.push(run);
   onChange(run);
   next();
@@ -33,23 +31,19 @@ export async function resume(onChange) {
   for (const { id, fields, images } of await store.jobs()) start("video", fields, images, onChange, id);
 }
 
-/** End a run. The server stops before its next step; a run that it does not know yet is not sent any further. */
+/** End a run: the server stops before its next step. */
 export async function cancel(run) {
   const position = waiting.indexOf(run);
   if (position >= 0) {
     waiting.splice(position, 1);
     return change(run, { state: "cancelled" });
   }
+  if (run.id === null) return run.abort.abort(); // Hanging up ends a request that is no job.
   try {
     await send(`v1/requests/${run.id}`, { method: "DELETE" });
-  } catch {
-    run.abort.abort(); // Hanging up ends a request too.
+  } catch (error) {
+    change(run, { state: "failed", error });
   }
-}
-
-function newId() {
-  const bytes = crypto.getRandomValues(new Uint8Array(12));
-  return `page-${[...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("")}`;
 }
 
 function change(run, values) {
@@ -69,30 +63,46 @@ function next() {
 }
 
 async function carryOut(run) {
-  const watching = new AbortController();
   change(run, { state: "queued" });
   try {
-    if (run.kind === "video" && !run.isKnown) await createJob(run);
-    watch(run, watching.signal);
-    const result = run.kind === "video" ? await finishedJob(run) : await post(run);
+    const result = run.kind === "video" ? await makeVideo(run) : await makePictures(run);
     change(run, { state: "done", result });
   } catch (error) {
     const isCancelled = error.name === "AbortError" || error.code === "cancelled";
     if (!isCancelled && !(error instanceof ApiError)) console.error(error);
     change(run, isCancelled ? { state: "cancelled" } : { state: "failed", error });
-  } finally {
-    watching.abort();
   }
 }
 
-function post(run) {
-  const options = { method: "POST", headers: { "X-Request-Id": run.id }, signal: run.abort.signal };
+function showProgress(run, told) {
+  if (told.state !== "queued" && told.state !== "running") return;
+  const preview = told.preview ?? run.progress?.preview ?? null;
+  change(run, { state: told.state, progress: { ...told, preview, at: performance.now() } });
+}
+
+async function makePictures(run) {
+  const fields = { ...run.fields, stream: true, stream_progress: true };
   const path = run.images.length === 0 ? "v1/images/generations" : "v1/images/edits";
-  return call(path, { ...options, body: bodyOf(run, "image") });
+  const options = { method: "POST", body: bodyOf(fields, run.images, "image"), signal: run.abort.signal };
+  const result = { data: [] };
+  for await (const { name, data } of events(path, options)) {
+    if (name === "error") throw new ApiError(500, data.error);
+    if (name === "progress") showProgress(run, data);
+    else {
+      result.data.push({ blob: blobOf(data.b64_json, `image/${data.output_format}`) });
+      Object.assign(result, { receipt: data.receipt, timings: data.timings });
+    }
+  }
+  if (result.data.length === 0) throw new ApiError(0, { message: "The server hung up before the picture was done." });
+  return result;
+}
+
+function blobOf(base64, type) {
+  return new Blob([Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0))], { type });
 }
 
 /** JSON, or a form if there are pictures, which go under the name `picture`. */
-function bodyOf({ fields, images }, picture) {
+function bodyOf(fields, images, picture) {
   if (images.length === 0) return fields;
   const form = new FormData();
   for (const image of images) form.append(picture, image, "picture");
@@ -103,10 +113,20 @@ function bodyOf({ fields, images }, picture) {
 }
 
 /** A video is a job: it goes on without this page, which finds it again by its id. */
-async function createJob(run) {
-  const options = { method: "POST", body: bodyOf(run, "input_reference"), signal: run.abort.signal };
-  run.id = (await call("v1/videos", options)).id;
-  await store.addJob({ id: run.id, fields: run.fields, images: run.images });
+async function makeVideo(run) {
+  if (run.id === null) {
+    const body = bodyOf(run.fields, run.images, "input_reference");
+    const { id } = await call("v1/videos", { method: "POST", body, signal: run.abort.signal });
+    run.id = id;
+    await store.addJob({ id, fields: run.fields, images: run.images });
+  }
+  const watching = new AbortController();
+  watch(run, watching.signal);
+  try {
+    return await finishedJob(run);
+  } finally {
+    watching.abort();
+  }
 }
 
 async function finishedJob(run) {
@@ -114,7 +134,7 @@ async function finishedJob(run) {
   let job;
   try {
     for (;;) {
-      job = await call(path, { signal: run.abort.signal });
+      job = await call(path);
       if (job.status === "completed" || job.status === "failed") break;
       await new Promise((resolve) => setTimeout(resolve, ASK_FOR_JOB_EVERY_MS));
     }
@@ -129,23 +149,14 @@ async function finishedJob(run) {
   return { data: [{ blob }], receipt: job.receipt, timings: job.timings };
 }
 
-/** Follow a run's progress. The server knows a request once its pictures are read, so it is asked until it does. */
+/** Follow the progress of a job. Without it the job is as good: it is asked for its state all the same. */
 async function watch(run, signal) {
-  for (;;) {
-    await new Promise((resolve) => setTimeout(resolve, ASK_EVERY_MS));
-    if (signal.aborted) return;
-    try {
-      for await (const { data } of events(`v1/requests/${run.id}/events`, signal)) {
-        if (signal.aborted) return;
-        if (data.state === "queued" || data.state === "running") {
-          const preview = data.preview ?? run.progress?.preview ?? null;
-          change(run, { state: data.state, progress: { ...data, preview, at: performance.now() } });
-        }
-      }
-      return;
-    } catch (error) {
+  try {
+    for await (const { data } of events(`v1/requests/${run.id}/events`, { signal })) {
       if (signal.aborted) return;
-      if (error.status !== 404) return console.warn("no progress is shown:", error.message);
+      showProgress(run, data);
     }
+  } catch (error) {
+    if (!signal.aborted && error.status !== 404) console.warn("no progress is shown:", error.message);
   }
 }
