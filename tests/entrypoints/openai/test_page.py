@@ -216,6 +216,12 @@ def test_every_field_and_button_has_a_name(server, open_page):
 def test_a_server_with_a_key_is_asked_for_it(shipped_omni, open_page):
     with running_server(shipped_omni, api_key="secret") as guarded:
         page = open_page(guarded)
+        page.locator("#key").wait_for()
+        page.keyboard.press("Escape")
+        page.fill("#prompt", PROMPT)
+        page.keyboard.press("Control+Enter")
+        assert "the key is missing or wrong" in page.locator("#no-server").inner_text()
+        page.click("#open-key")
         for key in ("wrong", "secret"):
             page.locator("#key").wait_for()
             page.fill("#key-text", key)

@@ -174,6 +174,7 @@ function restoreDraft() {
 export function wire(onSubmit) {
   form.addEventListener("submit", (event) => {
     event.preventDefault();
+    if (model === null) return; // Why, stands above the form.
     try {
       const request = read();
       clearErrors();

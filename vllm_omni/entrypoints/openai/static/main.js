@@ -9,6 +9,7 @@ import * as queue from "./queue.js";
 import * as runs from "./runs.js";
 import * as viewer from "./viewer.js";
 
+const ASK_AGAIN_MS = 3000;
 const THEMES = ["auto", "light", "dark"];
 let model = null;
 let isGalleryOpen = false;
@@ -22,7 +23,7 @@ function onChange(run) {
   if (run.state === "done") return gallery.keep(run, model.id);
   gallery.showRun(run);
   if (run.state !== "failed") return undefined;
-  if (run.error.status === 401) return askForKey(run.error.message);
+  if (run.error.status === 401) return askForKey();
   if (run.error.param && form.showError(run.error)) gallery.dismiss(run); // The field says it.
   return undefined;
 }
@@ -52,9 +53,10 @@ async function start() {
   try {
     [model] = (await call("v1/models")).data;
   } catch (error) {
-    if (error.status === 401) return askForKey(error.message);
     problem.textContent = error.message;
     problem.hidden = false;
+    if (error.status === 401) askForKey();
+    else setTimeout(start, ASK_AGAIN_MS);
     return undefined;
   }
   problem.hidden = true;
@@ -68,8 +70,9 @@ async function start() {
   return runs.resume(onChange);
 }
 
-function askForKey(why) {
+function askForKey() {
   const dialog = byId("key");
+  const why = readKey() ? "The server does not take this key." : "The server asks for a key.";
   byId("key-why").textContent = why;
   byId("key-text").value = readKey();
   byId("key-keep").checked = isKeyKept();
@@ -78,7 +81,10 @@ function askForKey(why) {
 
 function wireKey() {
   const dialog = byId("key");
-  byId("open-key").addEventListener("click", () => askForKey("The server asks for one if it was started with --api-key."));
+  byId("open-key").addEventListener("click", () => {
+    askForKey();
+    byId("key-why").textContent = "A server asks for a key if it was started with --api-key.";
+  });
   dialog.addEventListener("close", () => {
     if (dialog.returnValue !== "save") return;
     saveKey(byId("key-text").value.trim(), byId("key-keep").checked);
