@@ -16,6 +16,7 @@ import math
 import random
 import time
 from pathlib import Path
+from types import ModuleType
 
 import diffusers.models.autoencoders.autoencoder_kl_qwenimage as vae_module
 import torch
@@ -57,27 +58,26 @@ def _upsample(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
-def use_one_frame_forms() -> None:
-    """Patch the diffusers classes with the fast forms above (for this process)."""
-    vae_module.QwenImageCausalConv3d.forward = _conv_2d
-    vae_module.QwenImageRMS_norm.forward = _norm
-    vae_module.QwenImageUpsample.forward = _upsample
+def use_one_frame_forms(module: ModuleType = vae_module, family: str = "QwenImage") -> None:
+    """Patch the diffusers classes of a family with the fast forms above (for this process)."""
+    for name, form in (("CausalConv3d", _conv_2d), ("RMS_norm", _norm), ("Upsample", _upsample)):
+        getattr(module, family + name).forward = form
 
 
 def clear_unused_slices(vae: torch.nn.Module) -> None:
     """Zero the kernel slices that one frame never meets."""
     for module in vae.modules():
-        if isinstance(module, vae_module.QwenImageCausalConv3d):
+        if isinstance(module, torch.nn.Conv3d):
             module.weight.data[:, :, :-1] = 0
 
 
-def encode(vae: AutoencoderKLQwenImage, pictures: torch.Tensor) -> torch.Tensor:
+def encode(vae: torch.nn.Module, pictures: torch.Tensor) -> torch.Tensor:
     """Pictures [B, 3, H, W] in -1..1 to the latent mode [B, 16, H/16, W/16], not normalised."""
     moments = vae.quant_conv(vae.encoder(pictures.unsqueeze(2)))[:, :, 0]
-    return moments[:, : CONFIG["z_dim"]]
+    return moments.chunk(2, 1)[0]
 
 
-def decode(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
+def decode(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
     """Latents [B, 16, h, w], not normalised, to pictures [B, 3, 16h, 16w]."""
     return vae.decoder(vae.post_quant_conv(latents.unsqueeze(2)))[:, :, 0]
 
@@ -85,7 +85,7 @@ def decode(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
 class Autoencoder(torch.nn.Module):
     """Encoder, latent noise, decoder. Noise makes the decoder forgive small errors of the transformer."""
 
-    def __init__(self, vae: AutoencoderKLQwenImage) -> None:
+    def __init__(self, vae: torch.nn.Module) -> None:
         super().__init__()
         self.vae = vae
 
