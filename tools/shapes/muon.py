@@ -37,7 +37,9 @@ class Muon(torch.optim.Optimizer):
             targets = [p[:, :, -1] if last else p for p in parameters]
             gradient = torch.stack([p.grad[:, :, -1] if last else p.grad for p in parameters]).flatten(2)
             state = self.state[parameters[0]]
-            momentum = state.setdefault("momentum", torch.zeros_like(gradient))
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(gradient)
+            momentum = state["momentum"]
             momentum.lerp_(gradient, 1 - group["momentum"])
             step = orthogonal(gradient.lerp(momentum, group["momentum"]))
             rows, columns = step.shape[1:]

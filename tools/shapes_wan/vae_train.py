@@ -57,6 +57,8 @@ def sample_pictures(table: ClipTable, count: int) -> Tensor:
 def train(args: argparse.Namespace) -> AutoencoderKLWan:
     """Train for the minutes given. Returns the averaged weights."""
     torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
     use_one_frame_forms(vae_module, "Wan")
     device = torch.device(args.device)
     table = ClipTable(device)
