@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import write_json
 from tools.shapes import scenes
-from tools.shapes.judge import Verdict, judge
+from tools.shapes.judge import judge
 from vllm_omni.entrypoints.omni import SHIPPED_MODEL
 
 COUNTS = (1, 2, 3)
@@ -94,32 +95,42 @@ def _wrap(text: str, width: int) -> list[str]:
     return lines
 
 
-def contact_sheet(rows: list[tuple[Image.Image, str, Verdict]], path: Path, columns: int = 8) -> None:
-    """Up to 64 pictures with their captions; a green bar below a right one, a red bar below a wrong one."""
-    rows = rows[: columns * 8]
-    cell_width, cell_height = SIDE + 8, SIDE + 58
+def contact_sheet(rows: list[tuple[Image.Image, str, bool]], path: Path, columns: int = 8, num_rows: int = 8) -> None:
+    """Pictures of one size with their captions; a green bar below a right one, a red bar below a wrong one."""
+    rows = rows[: columns * num_rows]
+    width, height = rows[0][0].size
+    text_width = (width - 4) // 6  # letters
+    num_lines = max(len(_wrap(caption, text_width)[:4]) for _, caption, _ in rows)
+    cell_width, cell_height = width + 8, height + 14 + 11 * num_lines
     sheet = Image.new("RGB", (columns * cell_width, -(-len(rows) // columns) * cell_height), (235, 235, 235))
     draw = ImageDraw.Draw(sheet)
-    for i, (picture, caption, verdict) in enumerate(rows):
+    for i, (picture, caption, right) in enumerate(rows):
         x, y = i % columns * cell_width + 4, i // columns * cell_height + 4
         sheet.paste(picture.convert("RGB"), (x, y))
-        colour = (0, 150, 60) if verdict.right else (210, 0, 0)
-        draw.rectangle((x, y + SIDE, x + SIDE - 1, y + SIDE + 4), fill=colour)
-        for line, text in enumerate(_wrap(caption, 43)[:4]):
-            draw.text((x + 2, y + SIDE + 6 + 11 * line), text, fill=(0, 0, 0))
+        colour = (0, 150, 60) if right else (210, 0, 0)
+        draw.rectangle((x, y + height, x + width - 1, y + height + 4), fill=colour)
+        for line, text in enumerate(_wrap(caption, text_width)[:4]):
+            draw.text((x + 2, y + height + 6 + 11 * line), text, fill=(0, 0, 0))
     sheet.save(path)
 
 
-def table(results: list[tuple[int, str, Verdict]], seconds: float) -> str:
-    """Share right per object count, and which kinds of fault stand first in the wrong ones."""
-    lines = ["objects  prompts  right  share"]
-    for count in COUNTS:
-        verdicts = [v for c, _, v in results if c == count]
-        right = sum(v.right for v in verdicts)
-        lines.append(f"{count:7d}  {len(verdicts):7d}  {right:5d}  {100 * right / max(1, len(verdicts)):5.1f}%")
+def shares_right(results: list[tuple[Any, str, Any]]) -> dict[Any, tuple[int, int]]:
+    """How many captions each group has, and how many of them are right."""
+    shares: dict[Any, tuple[int, int]] = {}
+    for group, _, verdict in results:
+        count, right = shares.get(group, (0, 0))
+        shares[group] = count + 1, right + verdict.right
+    return shares
+
+
+def table(results: list[tuple[Any, str, Any]], seconds: float, group_name: str = "objects") -> str:
+    """Share right per group, and how often each kind of fault comes up."""
+    lines = [f"{group_name:9s}  prompts  right  share"]
+    for group, (count, right) in shares_right(results).items():
+        lines.append(f"{group!s:9s}  {count:7d}  {right:5d}  {100 * right / count:5.1f}%")
     faults = Counter(reason.split(":")[0] for _, _, v in results for reason in v.reasons)
     lines.append("faults: " + (", ".join(f"{kind} {n}" for kind, n in faults.most_common()) or "none"))
-    lines.append(f"{seconds:.1f} s, {seconds / max(1, len(results)):.2f} s per picture")
+    lines.append(f"{seconds:.1f} s, {seconds / max(1, len(results)):.2f} s each")
     return "\n".join(lines)
 
 
@@ -144,11 +155,11 @@ def main() -> None:
     results = [(count, text, judge(p, text)) for (count, text), p in zip(prompts, pictures, strict=True)]
     print(table(results, seconds))
     if args.contact_sheet:
-        rows = [(p, text, v) for p, (_, text, v) in zip(pictures, results, strict=True)]
+        rows = [(p, text, v.right) for p, (_, text, v) in zip(pictures, results, strict=True)]
         random.Random(args.seed).shuffle(rows)
         contact_sheet(rows, args.contact_sheet)
     if args.json:
-        shares = {c: sum(v.right for n, _, v in results if n == c) / max(1, args.num_prompts) for c in COUNTS}
+        shares = {group: right / count for group, (count, right) in shares_right(results).items()}
         settings = {"backend": args.backend, "num_prompts": args.num_prompts, "steps": args.steps, "cfg": args.cfg}
         write_json(args.json, {"settings": {**settings, "seed": args.seed}, "share_right": shares, "seconds": seconds})
 

@@ -13,9 +13,10 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+from diffusers import AutoencoderKLQwenImage, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from torch import nn
 
 from tools.shapes import models, vae_train
@@ -70,13 +71,13 @@ def build_pipeline(vae: Path, checkpoint: Path, shift: float = SHIFT, weights: s
     )
 
 
-def write(pipeline: QwenImagePipeline, out: Path) -> int:
+def write(pipeline: DiffusionPipeline, out: Path, sampling_defaults: dict[str, Any] = SAMPLING_DEFAULTS) -> int:
     """Save a pipeline in place of whatever stands at `out`. Returns its size in bytes."""
     fresh, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
     for path in (fresh, old):
         shutil.rmtree(path, ignore_errors=True)
     pipeline.save_pretrained(fresh)
-    (fresh / "sampling_defaults.json").write_text(json.dumps(SAMPLING_DEFAULTS, indent=2) + "\n")
+    (fresh / "sampling_defaults.json").write_text(json.dumps(sampling_defaults, indent=2) + "\n")
     size = sum(f.stat().st_size for f in fresh.rglob("*") if f.is_file())
     if out.exists():
         out.rename(old)
