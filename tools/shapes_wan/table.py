@@ -13,8 +13,8 @@ from tools.shapes import scenes
 from tools.shapes.table import draw
 from tools.shapes_wan.clips import DIRECTIONS, NUM_FRAMES, PICTURE_SIZE, UNSAID_SHARE, Words, caption, combinations
 
-SIDES = (36, 46)  # of the box of an object, even
-SPEEDS = (2.0, 4.0)  # pixels per frame
+SIDE = 40  # of the box of an object
+SPEED = 3  # pixels per frame
 BORDER = 8  # nothing is drawn this close to the edge, so that the border always shows the background
 TEXT_TOKENS = 15  # the longest caption has 10
 _COLOURS = list(scenes.COLOURS)
@@ -35,21 +35,33 @@ class ClipTable:
     def sample(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Which words [N], backgrounds [N, 2] and things [N, F, 5], as `tools.shapes.table.draw` takes them.
 
-        A clip keeps its side and speed; its whole path lies within the picture, anywhere.
+        All objects have one side and one speed: the fewer clips of the same words, the sooner learnt. The path lies
+        anywhere in the picture.
         """
         chosen = torch.randint(len(self.words), (count,), device=self.device)
+        travel = self.directions[chosen] * SPEED * (NUM_FRAMES - 1)
+        low = BORDER - travel.clamp(max=0)
+        first = _between(low, PICTURE_SIZE - BORDER - SIDE - travel.clamp(min=0))
+        steps = torch.arange(NUM_FRAMES, device=self.device)[:, None] * SPEED
+        corners = first[:, None] + self.directions[chosen][:, None] * steps
+        return chosen, *self._rows(chosen, corners, torch.full_like(corners[:, :, :1], SIDE))
+
+    def sample_frames(self, count: int) -> tuple[Tensor, Tensor]:
+        """Backgrounds [N, 2] and things [N, 1, 5] of single frames, with objects a little smaller and larger too."""
+        chosen = torch.randint(len(self.words), (count,), device=self.device)
+        side = SIDE + 2 * torch.randint(-2, 3, (count, 1), device=self.device)
+        corners = _between(torch.full_like(side, BORDER).expand(-1, 2), PICTURE_SIZE - BORDER - side.expand(-1, 2))
+        return self._rows(chosen, corners[:, None], side[:, None])
+
+    def _rows(self, chosen: Tensor, corners: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
         background, colour, shape = self.rows[chosen].unbind(1)
-        side = 2 * torch.randint(SIDES[0] // 2, SIDES[1] // 2 + 1, (count, 1), device=self.device)
-        speed = SPEEDS[0] + (SPEEDS[1] - SPEEDS[0]) * torch.rand(count, 1, device=self.device)
-        travel = self.directions[chosen] * speed * (NUM_FRAMES - 1)
-        low = BORDER + (-travel).clamp(min=0)
-        high = PICTURE_SIZE - BORDER - side - travel.clamp(min=0)
-        first = low + (high - low) * torch.rand(count, 2, device=self.device)
-        time = torch.linspace(0, 1, NUM_FRAMES, device=self.device)[None, :, None]
-        corners = (first[:, None] + travel[:, None] * time).round().long()
-        fixed = torch.stack((colour, shape), 1)[:, None].expand(-1, NUM_FRAMES, -1)
-        things = torch.cat((fixed, corners, side[:, None].expand(-1, NUM_FRAMES, -1)), 2)
-        return chosen, background[:, None].expand(-1, 2), things
+        fixed = torch.stack((colour, shape), 1)[:, None].expand(-1, corners.shape[1], -1)
+        return background[:, None].expand(-1, 2), torch.cat((fixed, corners, sides), 2)
+
+
+def _between(low: Tensor, high: Tensor) -> Tensor:
+    """Random whole numbers from `low` to `high`, both of which may come up."""
+    return low + (torch.rand(low.shape, device=low.device) * (high - low + 1)).long()
 
 
 def draw_clips(backgrounds: Tensor, things: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tools.shapes.muon import Muon
 from tools.shapes.vae_train import Autoencoder, clear_unused_slices, decode, encode, loss_of, use_one_frame_forms
-from tools.shapes_wan.clips import NUM_FRAMES, caption
+from tools.shapes_wan.clips import caption
 from tools.shapes_wan.judge import judge
 from tools.shapes_wan.loop import Loop
 from tools.shapes_wan.table import ClipTable, draw_clips
@@ -47,11 +47,8 @@ def build_vae() -> AutoencoderKLWan:
 
 
 def sample_pictures(table: ClipTable, count: int) -> Tensor:
-    """One frame of each of `count` clips, [count, 3, height, width] in -1..1, channels last in memory."""
-    _, backgrounds, things = table.sample(count)
-    frame = torch.randint(NUM_FRAMES, (count,), device=table.device)
-    things = things[torch.arange(count, device=table.device), frame]
-    return draw_clips(backgrounds, things[:, None])[:, 0].contiguous(memory_format=torch.channels_last)
+    """Single frames [count, 3, height, width] in -1..1, channels last in memory."""
+    return draw_clips(*table.sample_frames(count))[:, 0].contiguous(memory_format=torch.channels_last)
 
 
 def train(args: argparse.Namespace) -> AutoencoderKLWan:
