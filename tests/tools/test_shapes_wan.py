@@ -75,7 +75,7 @@ def test_the_object_must_be_the_same_in_all_frames():
 @pytest.mark.parametrize(
     ("corners", "fault"),
     [
-        (going((1, 0)), "goes 15 px right, should be 20 at least"),
+        (going((1, 0)), "goes 15 px right, should be 30 at least"),
         (going((3, 1)), "strays 15.0 px from a straight line"),
         ([*going()[:8], *going((3, 0), (44, 50), 8)], "jumps 13.0 px after frame 7"),
         ([*going()[:8], *going((3, 0), (25, 50), 8)], "goes back 6.0 px after frame 7"),

@@ -9,6 +9,7 @@ float32, for transformers loads it in the dtype that it finds.
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 
 import torch
@@ -16,7 +17,6 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 from torch import nn
 
 from tools.shapes.export import write
-from tools.shapes.vae_train import clear_unused_slices
 from tools.shapes_wan import models
 from tools.shapes_wan.clips import NUM_FRAMES, PICTURE_SIZE
 from tools.shapes_wan.tokenizer import build_tokenizer
@@ -32,28 +32,33 @@ SAMPLING_DEFAULTS = {
 FLOW_SHIFT = 3.0
 
 
+def pipeline_of(vae: AutoencoderKLWan, parts: nn.ModuleDict, flow_shift: float = FLOW_SHIFT) -> WanPipeline:
+    """A pipeline of copies of trained parts, on the CPU."""
+    vae, text_encoder, transformer = (
+        copy.deepcopy(part).cpu().eval() for part in (vae, parts["text_encoder"], parts["transformer"])
+    )
+    return WanPipeline(
+        tokenizer=build_tokenizer(),
+        text_encoder=text_encoder,
+        vae=vae.to(torch.bfloat16),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift
+        ),
+        transformer=transformer.to(torch.bfloat16),
+    )
+
+
 def build_pipeline(vae: Path, checkpoint: Path, flow_shift: float = FLOW_SHIFT) -> WanPipeline:
-    """The pipeline from an autoencoder folder and a checkpoint of `train.py`."""
+    """The pipeline from what `train.py` wrote."""
     stored = torch.load(checkpoint, map_location="cpu")
-    tokenizer = build_tokenizer()
     parts = nn.ModuleDict(
         {
-            "text_encoder": models.build_text_encoder(tokenizer),
+            "text_encoder": models.build_text_encoder(build_tokenizer()),
             "transformer": models.build_transformer(stored["layers"], stored["heads"]),
         }
     )
     parts.load_state_dict(stored["average"])
-    autoencoder = AutoencoderKLWan.from_pretrained(vae)
-    clear_unused_slices(autoencoder)
-    return WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=parts["text_encoder"].eval(),
-        vae=autoencoder.to(torch.bfloat16),
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift
-        ),
-        transformer=parts["transformer"].to(torch.bfloat16).eval(),
-    )
+    return pipeline_of(AutoencoderKLWan.from_pretrained(vae), parts, flow_shift)
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ from PIL import Image
 from tools.shapes.judge import Found, read
 from tools.shapes_wan.clips import DIRECTIONS, parse_caption
 
-MIN_TRAVEL = 20.0  # from the first frame to the last; training clips go 45
+MIN_TRAVEL = 30.0  # from the first frame to the last; training clips go 60
 MAX_BACK = 1.5  # against the direction, from one frame to the next
-MAX_JUMP = 8.0  # along the direction, from one frame to the next; training clips go 3
+MAX_JUMP = 8.0  # along the direction, from one frame to the next; training clips go 4
 MAX_ASIDE = 5.0  # farthest from the first place, across the direction
 
 

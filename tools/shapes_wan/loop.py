@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 NUM_CAPTURE_STEPS = 3  # before a graph is recorded
+SAVE_EVERY_S = 60
 
 
 class Loop:
@@ -42,16 +43,13 @@ class Loop:
         self.step = 0
 
     def run(self, minutes: float, batch_size: int, *, capture: bool, on_progress: Callable[[], None]) -> None:
-        """Train for `minutes`, not counting what is compiled or recorded first. Prints loss and speed.
+        """Train for `minutes`, compiling and recording included. Prints loss and speed.
 
-        `on_progress` is called every two minutes, to save.
+        `on_progress` is called every minute, to save.
         """
-        on_gpu = self.rates[0].is_cuda
-        update = self._as_graph() if on_gpu and capture else self.update
-        self._train_step(update, 0.0)
-        if on_gpu:
-            torch.cuda.synchronize()
-        start, shown, saved, losses = time.time(), time.time(), time.time(), []
+        start, losses = time.time(), []
+        update = self._as_graph() if self.rates[0].is_cuda and capture else self.update
+        first = shown = saved = time.time()
         while (progress := (time.time() - start) / (60 * minutes)) < 1:
             losses.append(self._train_step(update, progress))
             if self.step % 100 == 0:
@@ -59,10 +57,10 @@ class Loop:
                 mean, now = float(torch.stack(losses).mean()), time.time()
                 losses = []
                 if now - shown > 10:
-                    speed = self.step * batch_size / (now - start)
+                    speed = self.step * batch_size / (now - first)
                     print(f"step {self.step} t {now - start:.0f}s loss {mean:.4f} {speed:.0f} samples/s", flush=True)
                     shown = now
-                if now - saved > 120:
+                if now - saved > SAVE_EVERY_S:
                     on_progress()
                     saved = time.time()
         print(f"{self.step} steps of {batch_size} in {(time.time() - start) / 60:.1f} minutes", flush=True)

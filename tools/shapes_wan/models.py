@@ -66,8 +66,14 @@ def build_transformer(layers: int = 5, heads: int = 6) -> WanTransformer3DModel:
 
 
 def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+    # By one kernel, which autocast would run in float32.
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+
+
+def _narrow(x: Tensor) -> Tensor:
+    """What autocast would do for each of the layers that read `x`, once for all of them."""
+    return x.bfloat16() if torch.is_autocast_enabled(x.device.type) else x
 
 
 # ---------------------------------------------------------------- text encoder
@@ -83,7 +89,11 @@ def encode_text(model: UMT5EncoderModel, ids: Tensor, lengths: Tensor, buckets: 
     """Last hidden states [B, L, J] of captions `ids` [B, L], zero after their ends."""
     used = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     masked = (~used).float()[:, None, None] * -1e9
-    x = model.shared(ids)
+    # As a product of matrices: the gradient of a lookup may wait for the device, which a CUDA graph cannot.
+    with torch.autocast(ids.device.type, enabled=False):
+        x = (
+            ids[:, :, None] == torch.arange(model.shared.num_embeddings, device=ids.device)
+        ).float() @ model.shared.weight
     for block in model.encoder.block:
         attention, feed_forward = block.layer[0].SelfAttention, block.layer[1].DenseReluDense
         y = _rms(x, block.layer[0].layer_norm.weight, 1e-6)
@@ -139,12 +149,13 @@ def block_forward(
     """One block. x [B, S, D], text [B, L + 1, D], `mask` additive [B, 1, 1, L + 1], modulation [B, 6, D]."""
     table = (block.scale_shift_table + modulation).chunk(6, dim=1)
     shift, scale, gate, ff_shift, ff_scale, ff_gate = table
-    y = _norm(x) * (1 + scale) + shift
+    y = _narrow(torch.addcmul(shift, _norm(x), 1 + scale))
     q, k, v = _queries_and_keys(block.attn1, y, y)
-    x = x + gate * _attend(block.attn1, _rotate(q, cos, sin), _rotate(k, cos, sin), v)
-    q, k, v = _queries_and_keys(block.attn2, _norm(x, block.norm2.weight, block.norm2.bias), text)
+    x = torch.addcmul(x, gate, _attend(block.attn1, _rotate(q, cos, sin), _rotate(k, cos, sin), v).float())
+    q, k, v = _queries_and_keys(block.attn2, _narrow(_norm(x, block.norm2.weight, block.norm2.bias)), text)
     x = x + _attend(block.attn2, q, k, v, mask.to(q.dtype))
-    return x + ff_gate * block.ffn(_norm(x) * (1 + ff_scale) + ff_shift)
+    y = _narrow(torch.addcmul(ff_shift, _norm(x), 1 + ff_scale))
+    return torch.addcmul(x, ff_gate, block.ffn(y).float())
 
 
 def predict(

@@ -14,7 +14,8 @@ from tools.shapes.table import draw
 from tools.shapes_wan.clips import DIRECTIONS, NUM_FRAMES, PICTURE_SIZE, UNSAID_SHARE, Words, caption, combinations
 
 SIDE = 40  # of the box of an object
-SPEED = 3  # pixels per frame
+SPEED = 4  # pixels per frame
+GRID = 4  # corners are multiples of this
 BORDER = 8  # nothing is drawn this close to the edge, so that the border always shows the background
 TEXT_TOKENS = 15  # the longest caption has 10
 _COLOURS = list(scenes.COLOURS)
@@ -35,19 +36,20 @@ class ClipTable:
     def sample(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Which words [N], backgrounds [N, 2] and things [N, F, 5], as `tools.shapes.table.draw` takes them.
 
-        All objects have one side and one speed: the fewer clips of the same words, the sooner learnt. The path lies
-        anywhere in the picture.
+        All objects have one side and one speed, and stand on a grid: the fewer clips of the same words, the sooner
+        learnt. The path lies anywhere in the picture.
         """
         chosen = torch.randint(len(self.words), (count,), device=self.device)
         travel = self.directions[chosen] * SPEED * (NUM_FRAMES - 1)
         low = BORDER - travel.clamp(max=0)
-        first = _between(low, PICTURE_SIZE - BORDER - SIDE - travel.clamp(min=0))
+        high = PICTURE_SIZE - BORDER - SIDE - travel.clamp(min=0)
+        first = GRID * _between(low // GRID, high // GRID)
         steps = torch.arange(NUM_FRAMES, device=self.device)[:, None] * SPEED
         corners = first[:, None] + self.directions[chosen][:, None] * steps
         return chosen, *self._rows(chosen, corners, torch.full_like(corners[:, :, :1], SIDE))
 
     def sample_frames(self, count: int) -> tuple[Tensor, Tensor]:
-        """Backgrounds [N, 2] and things [N, 1, 5] of single frames, with objects a little smaller and larger too."""
+        """Backgrounds [N, 2] and things [N, 1, 5] of single frames: off the grid too, a little smaller and larger."""
         chosen = torch.randint(len(self.words), (count,), device=self.device)
         side = SIDE + 2 * torch.randint(-2, 3, (count, 1), device=self.device)
         corners = _between(torch.full_like(side, BORDER).expand(-1, 2), PICTURE_SIZE - BORDER - side.expand(-1, 2))
