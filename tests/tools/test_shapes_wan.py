@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tools.shapes import scenes
-from tools.shapes_wan import clips, models, table
+from tools.shapes_wan import clips, models, table, vae_train
 from tools.shapes_wan.judge import judge
+from tools.shapes_wan.loop import Loop
 from tools.shapes_wan.tokenizer import build_tokenizer
 
 RIGHT = "a red circle moving right on a white background"
@@ -134,3 +135,36 @@ def test_fast_forward_passes_equal_the_library_ones():
         wanted = transformer(latents, 1000 * sigma, full, return_dict=False)[0]
         got = models.predict(transformer, latents, text, lengths, sigma, *models.rotary_tables(transformer, 3))
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_the_autoencoder_of_single_frames_is_the_librarys_and_leaves_it_as_it_was():
+    torch.manual_seed(0)
+    vae = vae_train.build_vae().eval()
+    vae_train.clear_unused_slices(vae)
+    frames = torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    with torch.no_grad():
+        latents = vae.encode(frames).latent_dist.mode()
+        pixels = vae.decode(latents).sample
+        with vae_train.single_frames():
+            coded = vae_train.encode(vae, frames[0].transpose(0, 1))
+            shown = vae_train.decode(vae, latents[0].transpose(0, 1)).clamp(-1, 1)
+        assert torch.equal(vae.decode(latents).sample, pixels)
+    torch.testing.assert_close(coded.transpose(0, 1), latents[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(shown.transpose(0, 1), pixels[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_training_run_ends_with_its_time_at_the_lowest_rate_and_averages_the_weights():
+    model, rate, rates = torch.nn.Linear(4, 1), torch.zeros(()), []
+    target = torch.ones(64, 1)
+
+    def loss():
+        rates.append(float(rate))
+        return (model(torch.ones(64, 4)) - target).square().mean()
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    loop = Loop(model, loss, [optimizer], [rate], [0.1], schedule=lambda p: 1 - p, ema_decay=0.9, num_warmup=5)
+    loop.run(0.01, 64, capture=False, on_progress=lambda: None)
+    assert max(rates) > 0.05
+    assert rates[-1] < 0.02
+    assert float(loss().detach()) < 1e-3
+    assert float((loop.average(torch.ones(1, 4)) - 1).detach().abs()) < 0.05
