@@ -33,15 +33,17 @@ _SHEET_FRAMES = (0, 3, 6, 9, 12, 15)
 _SAMPLING = ("num_inference_steps", "guidance_scale")
 
 
-def generate(args: argparse.Namespace, captions: list[str]) -> list[np.ndarray]:
-    """Clips uint8 [F, H, W, 3], one seed per caption."""
+def generate(args: argparse.Namespace, captions: list[str]) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """Clips uint8 [F, H, W, 3], one seed per caption, and what they were made with."""
     given = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
     params = [
         OmniDiffusionSamplingParams(seed=args.seed + index, output_type="np", **given) for index in range(len(captions))
     ]
     with Omni(args.model, dtype=args.dtype, max_num_seqs=args.batch_size, max_batch_size=args.batch_size) as omni:
         outputs = omni.generate(captions, params)
-    return [(output.images[0] * 255).round().astype(np.uint8) for output in outputs]
+    receipt = outputs[0].receipt
+    used = {name: getattr(receipt, name) for name in ("num_inference_steps", "guidance", "dtype", "device")}
+    return [(output.images[0] * 255).round().astype(np.uint8) for output in outputs], {"seed": args.seed, **used}
 
 
 def strip(frames: np.ndarray) -> Image.Image:
@@ -51,7 +53,7 @@ def strip(frames: np.ndarray) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default=str(SHIPPED_MODELS.get("text-to-video")))
+    parser.add_argument("model", nargs="?", default=str(SHIPPED_MODELS["text-to-video"]))
     parser.add_argument("--num-prompts", type=int, default=200)
     parser.add_argument("--num-inference-steps", "--steps", type=int)
     parser.add_argument("--guidance-scale", type=float)
@@ -64,7 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     captions = sample_captions(args.num_prompts, random.Random(args.seed), want_held_out=not args.trainable)
     start = time.perf_counter()
-    clips = generate(args, captions)
+    clips, settings = generate(args, captions)
     seconds = time.perf_counter() - start
     results = [(parse_caption(t).direction, t, judge(c, t)) for t, c in zip(captions, clips, strict=True)]
     right = sum(verdict.right for _, _, verdict in results)
@@ -74,7 +76,6 @@ def main() -> None:
         rows = [(strip(c), t, v.right) for c, (_, t, v) in zip(clips, results, strict=True)]
         contact_sheet(rows, args.contact_sheet, columns=2, num_rows=12)
     if args.json:
-        settings: dict[str, Any] = {name: getattr(args, name) for name in (*_SAMPLING, "seed", "dtype")}
         shares = {group: right / count for group, (count, right) in shares_right(results).items()}
         faults = [(t, v.reasons) for _, t, v in results if not v.right]
         report = {"settings": settings, "num_prompts": len(results), "share_right": right / len(results)}
