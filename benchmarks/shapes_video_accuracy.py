@@ -1,6 +1,6 @@
 """Share of held-out captions that the video miniature shows fully right.
 
-    python benchmarks/shapes_video_accuracy.py --json benchmarks/results/shapes_video_accuracy.json \\
+    python -m benchmarks.shapes_video_accuracy --json benchmarks/results/shapes_video_accuracy.json \\
         --contact-sheet docs/shapes_video.png
 
 Captions name a colour, shape and direction that training never saw together (`tools/shapes_wan/clips.py`); a judge

@@ -30,6 +30,7 @@ EMA_DECAY = 0.999
 # Frames are alike, so that much of a clip shows through the noise: levels are shifted up as Wan does it.
 SIGMA_SHIFT = 3.0
 DECAY_FROM = 0.3  # share of the time at full learning rate
+VAE_SHARE = 0.25  # of the time
 
 
 @single_frames()
@@ -169,14 +170,18 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    vae_minutes = 0.25 * args.minutes
+    torch.backends.cudnn.benchmark = True
+
+    def save_vae(vae: AutoencoderKLWan) -> None:
+        vae.save_pretrained(args.out / "vae")
+
     if args.vae:
         vae, vae_minutes = AutoencoderKLWan.from_pretrained(args.vae).to(device), 0.0
     else:
-        save_vae = lambda vae: vae.save_pretrained(args.out / "vae")  # noqa: E731
+        vae_minutes = VAE_SHARE * args.minutes
         vae = train_vae(vae_minutes, device, save_vae, batch_size=args.batch_size, capture=args.capture)
         save_vae(vae)
-        print([measure(vae, 50, noise) for noise in (0.0, 0.15)], flush=True)
+        print([measure(vae, 20, noise) for noise in (0.0, 0.15)], flush=True)
     batches = Batches(*encode_clips(vae, args.clips))
     print(f"{args.clips} clips are encoded after {time.time() - start:.0f} s", flush=True)
 
