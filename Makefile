@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-gpu lint format clean
+.PHONY: demo test test-slow test-parallel test-gpu lint format clean
 
 demo: $(STAMP)
 	$(BIN)/vllm-omni generate "a red circle on a blue background" --seed 1 --output output/demo.png
@@ -13,7 +13,10 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu and not parallel"
+
+test-parallel: $(STAMP)
+	$(BIN)/python -m pytest tests/parallel -m "not gpu"
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu

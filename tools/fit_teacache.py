@@ -21,7 +21,7 @@ import torch
 
 from vllm_omni import Omni, OmniDiffusionSamplingParams
 from vllm_omni.diffusion.cache.apply import cached_transformers, put_before, require_extractors
-from vllm_omni.diffusion.cache.reuse import read, relative_change
+from vllm_omni.diffusion.cache.reuse import relative_changes
 from vllm_omni.diffusion.staged_forward import StagedForward
 from vllm_omni.diffusion.step_memory import ForwardRow
 
@@ -39,7 +39,7 @@ class Recorder:
             new = (modulated_input[index : index + 1], output[index : index + 1])
             old = row.recall(component)
             if old is not None:
-                changes = read([relative_change(*pair) for pair in zip(new, old, strict=True)])
+                changes = relative_changes(list(zip(new, old, strict=True)))
                 self.inputs.append(changes[0])
                 self.outputs.append(changes[1])
             row.remember(component, new, skipped=False)

@@ -79,6 +79,14 @@ class ComparisonError(OmniError, RuntimeError):
     """The engine that a comparison is made against cannot load the model, or its outputs cannot be compared."""
 
 
+class RankFailureError(OmniError, RuntimeError):
+    """A rank of the model died, hung or failed, and the requests in progress were lost with it. ``rank`` names it."""
+
+    def __init__(self, message: str, *, rank: int) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
 class EngineClosedError(OmniError, RuntimeError):
     """The engine was closed and takes no more requests."""
 

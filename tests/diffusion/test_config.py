@@ -23,12 +23,6 @@ from vllm_omni.errors import (
 )
 
 PLANNED = {
-    "tensor_parallel_size": 2,
-    "cfg_parallel_size": 2,
-    "ulysses_degree": 2,
-    "ring_degree": 2,
-    "data_parallel_size": 2,
-    "use_hsdp": True,
     "enable_cpu_offload": True,
 }
 
@@ -46,9 +40,8 @@ def test_an_option_whose_feature_does_not_exist_yet_is_refused_by_name(qwen_fold
     assert isinstance(caught.value, NotImplementedError)
 
 
-@pytest.mark.parametrize("option", ["tensor_parallel_size", "ulysses_degree"])
-def test_a_planned_option_at_its_default_is_fine(qwen_folder, option):
-    assert configure(str(qwen_folder), {option: 1}).parallel_config is not None
+def test_a_planned_option_at_its_default_is_fine(qwen_folder):
+    assert configure(str(qwen_folder), {"quantization": None}).quantization is None
 
 
 def test_an_unknown_option_is_refused_with_the_nearest_name(qwen_folder):

@@ -16,7 +16,6 @@ from vllm_omni.diffusion.layers.linear import (
 from vllm_omni.diffusion.layers.norm import RMSNorm, gated_residual, layer_norm_modulate
 from vllm_omni.diffusion.layers.rope import QKNormRope, RotaryEmbedding, TextNorms, rope_angles
 from vllm_omni.diffusion.model_loader.weights import AutoWeightsLoader
-from vllm_omni.errors import FeatureNotAvailableError
 
 RANKS = [TensorParallelRank(0, 2), TensorParallelRank(1, 2)]
 
@@ -48,8 +47,12 @@ def test_row_parallel_ranks_hold_partial_products():
     layers = [loaded(RowParallelLinear(8, 3, bias=False, tp=rank), weight=weight) for rank in RANKS]
     partial = [F.linear(part, layer.weight) for part, layer in zip(x.chunk(2, dim=-1), layers, strict=True)]
     torch.testing.assert_close(sum(partial), F.linear(x, weight))
-    with pytest.raises(FeatureNotAvailableError):
-        layers[0](x[:, :4])
+
+
+def test_the_first_rank_alone_adds_the_bias_of_a_row_parallel_layer():
+    weight, bias = drawn(3, 8), drawn(3, seed=1)
+    layers = [loaded(RowParallelLinear(8, 3, tp=rank), weight=weight, bias=bias) for rank in RANKS]
+    torch.testing.assert_close(sum(layer.bias for layer in layers), bias)
 
 
 def test_qkv_takes_its_heads_from_three_tensors_or_from_one():

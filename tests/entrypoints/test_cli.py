@@ -49,7 +49,7 @@ def test_without_a_name_the_seed_names_the_file_and_several_are_numbered(generat
         (["--output", "cat.gif"], 2, "must end in .png"),
         (["--height", "64"], 2, "--size and --height exclude each other"),
         (["--num-frames", "5"], 2, "num_frames=5 is not a parameter of this model"),
-        (["--tensor-parallel-size", "2"], 1, "tensor parallelism is not available yet"),
+        (["--enable-cpu-offload"], 1, "CPU offload is not available yet"),
         (["--seed", "-1"], 2, "seed=-1 must lie between 0 and"),
     ],
 )
@@ -115,7 +115,8 @@ def test_help_explains_and_hides_what_does_not_exist_yet(capsys):
     shown = capsys.readouterr().out
     for text in ("--steps", "number of denoising steps", "--vae-use-tiling", "--dtype", "WxH"):
         assert text in shown
-    assert "--tensor-parallel-size" not in shown
+    assert "--tensor-parallel-size" in shown
+    assert "--enable-cpu-offload" not in shown
 
 
 def test_the_version_needs_no_torch():

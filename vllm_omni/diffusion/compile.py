@@ -67,7 +67,9 @@ def apply_compile(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> Compil
             if type(block).__name__ in names:
                 # The method itself, not block.compile(): then each class has recompilations of its own to count, and
                 # hooks of the block run as they are.
-                block.forward = _compiled(block.forward, blocks)
+                # Weights that FSDP puts in place are arguments of the code: their sizes must not become symbols.
+                dynamic = None if od_config.parallel_config.use_hsdp else True
+                block.forward = _compiled(block.forward, blocks, dynamic)
     return blocks
 
 
@@ -79,9 +81,9 @@ def repeated_blocks(pipeline: nn.Module) -> Iterator[tuple[nn.Module, set[str]]]
             yield module, names
 
 
-def _compiled(forward: Callable[..., Any], blocks: CompiledBlocks) -> Callable[..., Any]:
+def _compiled(forward: Callable[..., Any], blocks: CompiledBlocks, dynamic: bool | None) -> Callable[..., Any]:
     """``forward``, compiled; as it is written where that cannot be, which ``blocks`` then tells."""
-    compiled = torch.compile(forward, fullgraph=True, dynamic=True)
+    compiled = torch.compile(forward, fullgraph=True, dynamic=dynamic)
 
     def compiled_or_eager(*args: Any, **kwargs: Any) -> Any:
         if blocks.failure is not None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from vllm_omni.diffusion.compile import repeated_blocks
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.groups import current_groups
 from vllm_omni.diffusion.staged_forward import RowInputs, StagedForward, Streams
 from vllm_omni.errors import first_line
 from vllm_omni.logger import init_logger
@@ -110,8 +111,12 @@ class GraphedBlocks:
 
 
 def apply_cuda_graphs(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> GraphedBlocks | None:
-    """Let the blocks of a pipeline's transformers run as CUDA graphs, if it is compiled and on a GPU."""
-    if od_config.enforce_eager or od_config.torch_device.type != "cuda":
+    """Let the blocks of a pipeline's transformers run as CUDA graphs, if it is compiled and on a GPU of its own.
+
+    Blocks that several ranks run together send what depends on more than their own shapes.
+    """
+    is_alone = current_groups().forward.size == 1
+    if od_config.enforce_eager or od_config.torch_device.type != "cuda" or not is_alone:
         return None
     blocks = GraphedBlocks()
     for transformer, _ in repeated_blocks(pipeline):

@@ -58,15 +58,21 @@ def json_object(text: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionParallelConfig:
-    """How many ranks share the work, and how."""
+    """How many ranks share the work, and how. The ranks of a model are as many as the product of the sizes."""
 
-    tensor_parallel_size: int = _planned(1, "tensor parallelism")
-    cfg_parallel_size: int = _planned(1, "CFG parallelism")
-    ulysses_degree: int = _planned(1, "Ulysses sequence parallelism")
-    ring_degree: int = _planned(1, "ring sequence parallelism")
-    data_parallel_size: int = _planned(1, "data parallelism")
-    vae_parallel_size: int = _planned(1, "VAE parallelism")
-    use_hsdp: bool = _planned(False, "sharded weights (FSDP2)")
+    tensor_parallel_size: int = _option(1, "ranks that share each layer, by heads and by features")
+    cfg_parallel_size: int = _option(1, "ranks that share the branches of classifier-free guidance")
+    ulysses_degree: int = _option(1, "ranks that share a sequence and exchange tokens for heads in attention (Ulysses)")
+    ring_degree: int = _option(1, "ranks that share a sequence and pass on keys and values in attention (ring)")
+    data_parallel_size: int = _option(1, "replicas of the model, each on its own ranks; requests go to the least busy")
+    vae_parallel_size: int = _option(1, "ranks, of those that there are, that share the tiles of vae_use_tiling")
+    use_hsdp: bool = _option(False, "let each rank hold a part of the weights and gather a block when it runs (FSDP2)")
+    hsdp_shard_size: int = _option(
+        1, "ranks that hold the weights with use_hsdp; those that share a sequence do so without it"
+    )
+    distributed_executor_backend: Literal["mp"] = _option(
+        "mp", "how ranks are run: mp, a process each on this machine", choices=("mp",)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

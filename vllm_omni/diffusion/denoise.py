@@ -14,6 +14,8 @@ import torch
 
 from vllm_omni.diffusion.data import DiffusionOutput
 from vllm_omni.diffusion.denoise_state import Conditions, DenoiseState, History, Sampler, SteppedPipeline
+from vllm_omni.diffusion.distributed.cfg_parallel import exchange, owned_outputs, owner_of
+from vllm_omni.diffusion.distributed.groups import RankGroup, current_groups
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.sequences import concatenate
 from vllm_omni.diffusion.step_memory import forward_rows
@@ -38,7 +40,7 @@ def denoise_step(
     that failed can be tried again.
     """
     if plan is None or not plan.serves(states, max_batch_size):
-        plan = plan_steps(states, pipeline.sequence_conditions, max_batch_size)
+        plan = plan_steps(states, pipeline.sequence_conditions, max_batch_size, current_groups().cfg)
     step = plan.num_steps_done
     predictions = _predict(states, plan, step, pipeline)
     advanced = [(update, *_update(update, step, predictions)) for update in plan.updates]
@@ -74,7 +76,36 @@ def _predict(states: Sequence[DenoiseState], plan: StepPlan, step: int, pipeline
             )
         for item, piece in zip(forward.rows, prediction.split_with_sizes(forward.counts), strict=True):
             pieces.setdefault((id(item.state), item.branch), []).append(piece)
+    group = current_groups().cfg
+    if group.size > 1:
+        return _predictions_of_all_ranks(states, {key: torch.cat(parts) for key, parts in pieces.items()}, group)
     return {key: concatenate(parts) for key, parts in pieces.items()}
+
+
+def _predictions_of_all_ranks(
+    states: Sequence[DenoiseState], owned: _Predictions, group: RankGroup
+) -> dict[tuple[int, int], torch.Tensor]:
+    """Every row's prediction, from those of this rank's rows."""
+    rows: dict[tuple[int, int, int], torch.Tensor] = {}
+    owners: dict[tuple[int, int, int], int] = {}
+    shapes: dict[tuple[int, int, int], torch.Size] = {}
+    for state in states:
+        num_rows = len(state.branches) * state.num_outputs
+        for row in range(num_rows):
+            branch, output = divmod(row, state.num_outputs)
+            key = (id(state), branch, output)
+            owners[key] = owner_of(state.request_id, row, num_rows, group.size)
+            shapes[key] = state.latents.shape[1:]
+        for branch in range(len(state.branches)):
+            outputs = owned_outputs(state.request_id, branch, state.num_outputs, len(state.branches), group)
+            for index, output in enumerate(outputs):
+                rows[id(state), branch, output] = owned[id(state), branch][index]
+    whole = exchange(rows, owners, shapes, group, states[0].latents.device)
+    return {
+        (id(state), branch): torch.stack([whole[id(state), branch, output] for output in range(state.num_outputs)])
+        for state in states
+        for branch in range(len(state.branches))
+    }
 
 
 def _update(update: PlannedUpdate, step: int, predictions: _Predictions) -> tuple[torch.Tensor, History]:

@@ -102,6 +102,38 @@ def register_diffusion_model(
             table[model_class_name] = function
 
 
+@dataclass(frozen=True)
+class RegistryEntry:
+    """All that the tables say of one pipeline: what another process needs to find it."""
+
+    model_class_name: str
+    target: tuple[str, str, str]
+    pre_process_func: str | None
+    post_process_func: str | None
+
+
+def registry_entry(model_class_name: str) -> RegistryEntry:
+    """The entry of a registered pipeline."""
+    return RegistryEntry(
+        model_class_name,
+        _DIFFUSION_MODELS[model_class_name],
+        _DIFFUSION_PRE_PROCESS_FUNCS.get(model_class_name),
+        _DIFFUSION_POST_PROCESS_FUNCS.get(model_class_name),
+    )
+
+
+def restore_registry_entry(entry: RegistryEntry) -> None:
+    """Make a pipeline known as another process knows it: it may have been registered by that process alone."""
+    _load_entry_points()
+    _DIFFUSION_MODELS[entry.model_class_name] = entry.target
+    for table, function in (
+        (_DIFFUSION_PRE_PROCESS_FUNCS, entry.pre_process_func),
+        (_DIFFUSION_POST_PROCESS_FUNCS, entry.post_process_func),
+    ):
+        if function is not None:
+            table[entry.model_class_name] = function
+
+
 def supported_pipelines() -> list[str]:
     """The class names of all registered pipelines."""
     _load_entry_points()

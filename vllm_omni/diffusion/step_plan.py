@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 
 from vllm_omni.diffusion.denoise_state import Conditions, DenoiseState
+from vllm_omni.diffusion.distributed.cfg_parallel import owned_outputs
+from vllm_omni.diffusion.distributed.groups import ALONE, RankGroup
 from vllm_omni.diffusion.sequences import concatenate, pad_sequences
 from vllm_omni.diffusion.step_memory import ForwardRow
 
@@ -116,14 +118,23 @@ class StepPlan:
         )
 
 
-def plan_steps(states: Sequence[DenoiseState], sequence_conditions: Mapping[str, str], max_batch_size: int) -> StepPlan:
-    """Plan for ``states``, none of which is done, in forwards of at most ``max_batch_size`` rows."""
+def plan_steps(
+    states: Sequence[DenoiseState],
+    sequence_conditions: Mapping[str, str],
+    max_batch_size: int,
+    group: RankGroup = ALONE,
+) -> StepPlan:
+    """Plan for ``states``, none of which is done, in forwards of at most ``max_batch_size`` rows.
+
+    The ranks of ``group`` share the forwards; the updates are made by each of them.
+    """
     num_steps = min(state.num_steps - state.step_index for state in states)
     rows = [
-        Rows(state, branch, start, min(start + max_batch_size, state.num_outputs))
+        Rows(state, branch, start, min(start + max_batch_size, outputs.stop))
         for state in states
         for branch in range(len(state.branches))
-        for start in range(0, state.num_outputs, max_batch_size)
+        for outputs in [owned_outputs(state.request_id, branch, state.num_outputs, len(state.branches), group)]
+        for start in range(outputs.start, outputs.stop, max_batch_size)
     ]
     forwards = [
         PlannedForward(

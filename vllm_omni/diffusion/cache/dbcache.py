@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_omni.diffusion.cache.reuse import changed_by, read, relative_change
+from vllm_omni.diffusion.cache.reuse import changed_by, relative_changes
 from vllm_omni.diffusion.cache.step_mask import computes_by_mask
 from vllm_omni.diffusion.cache_config import CacheDiTConfig
 from vllm_omni.diffusion.staged_forward import StagedForward, Streams
@@ -71,9 +71,7 @@ class DBCache:
             if entry is not None and self._may_skip(row, entry) and entry.first.shape[1:] == first.shape[1:]
         }
         if self.config.scm_steps_policy == "dynamic":
-            changes = read(
-                [relative_change(first[index : index + 1], entry.first) for index, entry in may_skip.items()]
-            )
+            changes = relative_changes([(first[index : index + 1], entry.first) for index, entry in may_skip.items()])
             may_skip = {
                 index: entry
                 for (index, entry), change in zip(may_skip.items(), changes, strict=True)

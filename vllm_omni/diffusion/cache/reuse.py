@@ -10,6 +10,9 @@ from typing import Protocol, cast
 
 import torch
 
+from vllm_omni.diffusion.distributed.collectives import all_reduce_sum
+from vllm_omni.diffusion.distributed.groups import current_groups
+from vllm_omni.diffusion.distributed.rank_status import waiting_for
 from vllm_omni.diffusion.sequences import concatenate
 from vllm_omni.diffusion.staged_forward import StagedForward, Streams, select_rows
 from vllm_omni.diffusion.step_memory import ForwardRow
@@ -64,14 +67,22 @@ def select_rows_of(streams: Streams, rows: Sequence[int]) -> Streams:
     return cast(Streams, select_rows(streams, rows))
 
 
-def relative_change(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """``new and old [1, ...] -> []``: mean absolute difference over mean absolute value of ``old``, in float32."""
-    return (new - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)
+def relative_changes(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
+    """The relative change of each row, from ``(new [1, ...], old [1, ...])``.
 
-
-def read(scalars: Sequence[torch.Tensor]) -> list[float]:
-    """Scalars of all rows on the host: the only time that a cache waits for the device in a forward."""
-    values: list[float] = torch.stack(list(scalars)).tolist() if scalars else []
+    That is the sum of absolute differences over the sum of absolute values of ``old``, in float32. The sums are over
+    the tokens of all ranks that compute the rows together, so that all of them decide alike. This is the only time
+    that a cache waits for the device in a forward.
+    """
+    if not pairs:
+        return []
+    sums = [
+        torch.stack([(new - old).abs().sum(dtype=torch.float32), old.abs().sum(dtype=torch.float32)])
+        for new, old in pairs
+    ]
+    changed, total = all_reduce_sum(torch.stack(sums), current_groups().forward).unbind(1)
+    with waiting_for("device"):
+        values: list[float] = (changed / total).tolist()
     return values
 
 

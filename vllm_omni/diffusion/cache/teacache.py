@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_omni.diffusion.cache.reuse import changed_by, read, relative_change
+from vllm_omni.diffusion.cache.reuse import changed_by, relative_changes
 from vllm_omni.diffusion.staged_forward import StagedForward, Streams
 from vllm_omni.diffusion.step_memory import ForwardRow
 
@@ -59,11 +59,8 @@ class TeaCache:
             for index, (row, entry) in enumerate(zip(rows, entries, strict=True))
             if entry is not None and not row.is_last_step
         }
-        changes = read(
-            [
-                relative_change(modulated_input[index : index + 1], entry.modulated_input)
-                for index, entry in known.items()
-            ]
+        changes = relative_changes(
+            [(modulated_input[index : index + 1], entry.modulated_input) for index, entry in known.items()]
         )
         distances = [float("inf")] * len(rows)
         for (index, entry), change in zip(known.items(), changes, strict=True):

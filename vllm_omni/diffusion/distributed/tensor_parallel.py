@@ -1,56 +1,41 @@
-"""The place of this rank in its tensor-parallel group, which the linear layers shard by."""
+"""Collectives of tensor parallelism, which compilers can trace.
+
+Shapes: ``...`` anything, D features of this rank.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
-
 import torch
 
+from vllm_omni.diffusion.distributed.groups import (
+    SINGLE_RANK,
+    TensorParallelRank,
+    current_tensor_parallel_rank,
+    tensor_parallel_rank,
+)
+from vllm_omni.diffusion.distributed.rank_status import waiting_for
 
-@dataclass(frozen=True)
-class TensorParallelRank:
-    """Rank ``rank`` of ``size`` ranks that share each linear layer."""
-
-    rank: int = 0
-    size: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.size:
-            raise ValueError(f"rank={self.rank} must be at least 0 and less than size={self.size}")
-
-    def divide(self, total: int, what: str) -> int:
-        """This rank's part of ``total``. Raises ``ValueError`` if it does not divide evenly."""
-        if total % self.size:
-            divisors = [n for n in range(1, total + 1) if total % n == 0 and n <= 64]
-            raise ValueError(
-                f"{what}={total} does not divide by tensor_parallel_size={self.size}; these would: {divisors}"
-            )
-        return total // self.size
-
-    def shard(self, tensor: torch.Tensor, dim: int, what: str) -> torch.Tensor:
-        """This rank's slice of ``tensor`` along ``dim``; a view."""
-        length = self.divide(tensor.shape[dim], what)
-        return tensor.narrow(dim, self.rank * length, length)
+__all__ = [
+    "SINGLE_RANK",
+    "TensorParallelRank",
+    "current_tensor_parallel_rank",
+    "sum_over_ranks",
+    "tensor_parallel_rank",
+]
 
 
-SINGLE_RANK = TensorParallelRank()
+def sum_over_ranks(x: torch.Tensor, tp: TensorParallelRank) -> torch.Tensor:
+    """``[...] -> [...]``: the sum of the ranks' tensors, on every rank."""
+    if tp.size == 1:
+        return x
+    if torch.compiler.is_compiling():
+        return _sum(x, tp.name)
+    with waiting_for("ranks"):
+        return _sum(x, tp.name)
 
-_current: ContextVar[TensorParallelRank] = ContextVar("tensor_parallel_rank", default=SINGLE_RANK)
 
-
-def current_tensor_parallel_rank() -> TensorParallelRank:
-    """The rank that layers shard for unless they are told another."""
-    return _current.get()
-
-
-@contextmanager
-def tensor_parallel_rank(rank: TensorParallelRank) -> Iterator[None]:
-    """Layers that are built within the block shard for ``rank``."""
-    token = _current.set(rank)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+def _sum(x: torch.Tensor, group_name: str) -> torch.Tensor:
+    summed: torch.Tensor = torch.ops._c10d_functional.wait_tensor(
+        torch.ops._c10d_functional.all_reduce(x, "sum", group_name)
+    )
+    return summed

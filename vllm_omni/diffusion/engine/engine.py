@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig, SameAs
 from vllm_omni.diffusion.engine.admission import admit, read_sampling_defaults
-from vllm_omni.diffusion.engine.executor import Executor, InProcessExecutor
+from vllm_omni.diffusion.engine.executor import Executor, make_executor
 from vllm_omni.diffusion.engine.memory_budget import MemoryBudget
 from vllm_omni.diffusion.engine.results import Results, TrackedRequest
 from vllm_omni.diffusion.engine.scheduler import ScheduledRequest, Scheduler
@@ -68,7 +68,7 @@ class Engine:
         policy = od_config.scheduling_policy or ("shortest" if is_online else "fcfs")
         self._scheduler = Scheduler(od_config.max_num_seqs, policy, budget, measured_batches=is_online)
         self._tracked: dict[str, TrackedRequest] = {}
-        self._executor: Executor | None = InProcessExecutor(od_config, on_load_progress)
+        self._executor: Executor | None = make_executor(od_config, on_load_progress)
         self.has_previews = self._is_stepped and LatentPreview.load(od_config.model) is not None
         self._needs_preview = needs_preview if self.has_previews else None
 
@@ -158,9 +158,8 @@ class Engine:
         """
         if self._executor is None:
             raise EngineClosedError("the engine is closed; create a new one")
-        command, aborted = self._scheduler.schedule(
-            self.od_config.max_batch_size if max_batch_size is None else max_batch_size
-        )
+        most_rows = self.od_config.max_batch_size if max_batch_size is None else max_batch_size
+        command, aborted = self._scheduler.schedule(most_rows)
         outputs = [self._output(scheduled.request.request_id, "aborted") for scheduled in aborted]
         started = time.perf_counter()
         for request in command.prepare:

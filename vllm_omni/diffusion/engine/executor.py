@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import Protocol
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
+from vllm_omni.diffusion.distributed.layout import ParallelLayout, check_layout
+from vllm_omni.diffusion.engine.mp_executor import MultiprocessExecutor
+from vllm_omni.diffusion.engine.replicas import ReplicatedExecutor
+from vllm_omni.diffusion.engine.torchrun_executor import TorchrunExecutor, started_by_torchrun
 from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
+from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerResult
+from vllm_omni.diffusion.worker.model_runner import is_stepped
 from vllm_omni.diffusion.worker.worker import Worker
+from vllm_omni.errors import FeatureNotAvailableError
 
 
 class Executor(Protocol):
@@ -29,3 +37,29 @@ class InProcessExecutor:
 
     def close(self) -> None:
         self._worker.close()
+
+
+def make_executor(od_config: OmniDiffusionConfig, on_load_progress: LoadProgress | None = None) -> Executor:
+    """The executor for the ranks that the configuration asks for.
+
+    Raises ``InvalidConfigError`` or ``FeatureNotAvailableError`` for a layout that cannot be.
+    """
+    layout = check_layout(od_config)
+    _check_pipeline(od_config, layout)
+    if layout.world_size * layout.data > 1 and started_by_torchrun():
+        return TorchrunExecutor(od_config, layout, on_load_progress)
+    if layout.data > 1:
+        return ReplicatedExecutor(od_config, layout, on_load_progress)
+    if layout.world_size > 1:
+        return MultiprocessExecutor(od_config, layout, on_load_progress)
+    return InProcessExecutor(od_config, on_load_progress)
+
+
+def _check_pipeline(od_config: OmniDiffusionConfig, layout: ParallelLayout) -> None:
+    """A pipeline that runs in one piece splits its branches itself, by a mixin, or not at all."""
+    pipeline_class = resolve_diffusion_model(od_config.model_class_name).pipeline_class
+    if layout.cfg > 1 and not is_stepped(pipeline_class) and not issubclass(pipeline_class, CFGParallelMixin):
+        raise FeatureNotAvailableError(
+            f"cfg_parallel_size={layout.cfg}: {pipeline_class.__name__} runs in one piece and does not inherit"
+            " CFGParallelMixin, so nothing splits its branches; leave the option out"
+        )

@@ -18,9 +18,9 @@ from vllm_omni.diffusion.distributed.tensor_parallel import (
     SINGLE_RANK,
     TensorParallelRank,
     current_tensor_parallel_rank,
+    sum_over_ranks,
 )
 from vllm_omni.diffusion.layers.linear_method import LinearMethod, PendingInput, copy_weight, current_linear_method
-from vllm_omni.errors import FeatureNotAvailableError
 
 # (parameter, tensor from the checkpoint, name of the part in a fused parameter)
 WeightLoader = Callable[[nn.Parameter, torch.Tensor, str | None], None]
@@ -178,7 +178,10 @@ class QKVParallelLinear(MergedColumnParallelLinear):
 
 
 class RowParallelLinear(LinearBase):
-    """Input features are split over the ranks; the partial products are to be summed over them."""
+    """Input features are split over the ranks; the partial products are summed over them.
+
+    The first rank alone adds the bias: that of the others is zero.
+    """
 
     def __init__(
         self, input_size: int, output_size: int, bias: bool = True, *, tp: TensorParallelRank | None = None
@@ -187,13 +190,16 @@ class RowParallelLinear(LinearBase):
         super().__init__(tp.divide(input_size, "input_size"), output_size, bias, tp)
 
     def load_parameter(self, parameter: nn.Parameter, loaded: torch.Tensor, part: str | None = None) -> None:
-        is_bias = parameter.dim() == 1
-        self._store(parameter, loaded if is_bias else self.tp.shard(loaded, 1, "input_size"))
+        if parameter.dim() == 1:
+            self._load_bias(parameter, loaded)
+        else:
+            self._store(parameter, self.tp.shard(loaded, 1, "input_size"))
+
+    def _load_bias(self, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
+        self._store(parameter, loaded if self.tp.rank == 0 else torch.zeros_like(loaded))
 
     def forward(self, x: torch.Tensor | PendingInput) -> torch.Tensor:
-        if self.tp.size > 1:
-            raise FeatureNotAvailableError("the sum of partial products over tensor-parallel ranks does not exist yet")
-        return super().forward(x)
+        return sum_over_ranks(super().forward(x), self.tp)
 
 
 class MergedRowParallelLinear(RowParallelLinear):
@@ -210,7 +216,7 @@ class MergedRowParallelLinear(RowParallelLinear):
 
     def load_parameter(self, parameter: nn.Parameter, loaded: torch.Tensor, part: str | None = None) -> None:
         if parameter.dim() == 1:
-            self._store(parameter, loaded)
+            self._load_bias(parameter, loaded)
             return
         if loaded.shape[1] != sum(self.input_sizes):
             raise ValueError(f"shape {list(loaded.shape)} does not hold inputs of {self.input_sizes}")

@@ -9,11 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vllm_omni.diffusion.distributed.tensor_parallel import (
+    TensorParallelRank,
+    current_tensor_parallel_rank,
+    sum_over_ranks,
+)
 from vllm_omni.diffusion.layers import kernels
 
 
 class RMSNorm(nn.Module):
     """Root mean square normalisation over the last dimension (arXiv:1910.07467)."""
+
+    spans_ranks = False  # whether other ranks have features that count; kernels see those of one
 
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -23,6 +30,32 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., D] -> [..., D]``, computed in float32."""
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+class ColumnParallelRMSNorm(RMSNorm):
+    """RMS normalisation over all features of a column-parallel layer, of which a rank holds its own.
+
+    ``hidden_size`` counts those of all ranks.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6, *, tp: TensorParallelRank | None = None) -> None:
+        self.tp = current_tensor_parallel_rank() if tp is None else tp
+        self.hidden_size = hidden_size
+        super().__init__(self.tp.divide(hidden_size, "hidden_size"), eps)
+        self.spans_ranks = self.tp.size > 1
+        self.weight.weight_loader = self.load_parameter  # type: ignore[attr-defined]
+
+    def load_parameter(self, parameter: nn.Parameter, loaded: torch.Tensor, part: str | None = None) -> None:
+        """Copy this rank's part of ``loaded``, the whole weight."""
+        parameter.data.copy_(self.tp.shard(loaded, 0, "hidden_size"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., D of this rank] -> [..., D of this rank]``, computed in float32."""
+        if self.tp.size == 1:
+            return super().forward(x)
+        squares = sum_over_ranks(x.float().square().sum(dim=-1, keepdim=True), self.tp)
+        normalised = x.float() * torch.rsqrt(squares / self.hidden_size + self.eps)
+        return (normalised * self.weight.float()).to(x.dtype)
 
 
 def layer_norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:

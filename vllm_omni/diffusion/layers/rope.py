@@ -77,7 +77,7 @@ class QKNormRope(nn.Module):
         query, key, value = (
             part.unflatten(-1, (-1, head_size)) for part in qkv.split([n * head_size for n in heads], dim=-1)
         )
-        if kernels.take(qkv):
+        if kernels.take(qkv) and not norm_query.spans_ranks:
             from vllm_omni.diffusion.layers.kernels.rope import qk_norm_rope_op
 
             first = TextNorms(norm_query, norm_key, 0) if text is None else text

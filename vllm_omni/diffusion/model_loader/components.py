@@ -11,6 +11,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.utils import logging as transformers_logging
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -123,18 +124,19 @@ def fill_with_random_weights(module: nn.Module, seed: int = 0) -> None:
         generator = generators.get(parameter.device)
         if generator is None:
             generator = generators[parameter.device] = torch.Generator(parameter.device).manual_seed(seed)
+        values = parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
         if parameter.dim() >= 2:
-            fan_in = parameter[0].numel()
+            fan_in = parameter.shape[1:].numel()
             layer = module.get_submodule(name.rpartition(".")[0])
-            if isinstance(layer, LinearBase):
+            if isinstance(layer, LinearBase) and not isinstance(parameter, DTensor):
                 # As if it were loaded, for it may be quantized.
-                values = torch.empty(parameter.shape, device=parameter.device).normal_(
+                drawn = torch.empty(parameter.shape, device=parameter.device).normal_(
                     0, fan_in**-0.5, generator=generator
                 )
-                layer.linear_method.store_weight(layer, values, 0)
+                layer.linear_method.store_weight(layer, drawn, 0)
             else:
-                parameter.data.normal_(0, fan_in**-0.5, generator=generator)
+                values.normal_(0, fan_in**-0.5, generator=generator)
         elif name.endswith("bias"):
-            parameter.data.zero_()
-        elif not bool(torch.isfinite(parameter).all()):
-            parameter.data.fill_(1)
+            values.zero_()
+        elif not bool(torch.isfinite(values).all()):
+            values.fill_(1)

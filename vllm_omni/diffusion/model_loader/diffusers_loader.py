@@ -14,6 +14,7 @@ from torch import nn
 
 from vllm_omni.diffusion.attention.selector import attention_backend, check_backend
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.groups import current_groups
 from vllm_omni.diffusion.distributed.utils import local_device
 from vllm_omni.diffusion.model_loader.components import default_dtype, fill_with_random_weights
 from vllm_omni.diffusion.model_loader.utils import resolve_model_folder
@@ -69,8 +70,10 @@ class DiffusersPipelineLoader:
         check_quantization(config)
         if config.load_format == "auto":
             self._check_memory()
+        use_hsdp = config.parallel_config.use_hsdp
         with (
-            torch.device(config.torch_device),
+            # With HSDP a transformer may be larger than the device: it is sharded from the host's memory.
+            torch.device("cpu" if use_hsdp else config.torch_device),
             default_dtype(config.torch_dtype),
             local_device(config.torch_device),
             attention_backend(config.attention_backend),
@@ -81,7 +84,8 @@ class DiffusersPipelineLoader:
             check(pipeline)
         sources: _Sources = getattr(pipeline, "weights_sources", ())
         if config.load_format == "dummy":
-            for source in sources:
+            # Parts are filled where they are, once they are there.
+            for source in () if use_hsdp else sources:
                 fill_with_random_weights(_submodule(pipeline, source.prefix))
         elif sources:
             self._load_weights(pipeline, sources)
@@ -115,6 +119,7 @@ class DiffusersPipelineLoader:
         """Refuse a model that cannot fit before anything is allocated."""
         config = self.od_config
         needed = sum(_bytes_in(path, config.torch_dtype) for path in Path(config.model).glob("*/*.safetensors"))
+        needed //= max(current_groups().tp.size, current_groups().weights.size)
         free = get_platform(config.torch_device).free_memory()
         if needed > free:
             raise InsufficientMemoryError(

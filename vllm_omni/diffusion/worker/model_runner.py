@@ -17,8 +17,16 @@ from vllm_omni.diffusion.compile import apply_compile, check_compile
 from vllm_omni.diffusion.cuda_graph import apply_cuda_graphs
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.denoise import DenoiseState, denoise_step
+from vllm_omni.diffusion.distributed.collectives import all_reduce_sum
+from vllm_omni.diffusion.distributed.groups import current_groups
+from vllm_omni.diffusion.distributed.rank_status import waiting_for
+from vllm_omni.diffusion.distributed.sequence_hooks import apply_sequence_plans
+from vllm_omni.diffusion.distributed.sequence_plan import check_sequence_plans
+from vllm_omni.diffusion.distributed.vae_parallel import share_tiles
+from vllm_omni.diffusion.distributed.weight_sharding import shard_weights
 from vllm_omni.diffusion.encoders.prompt_cache import PromptEmbedCache
 from vllm_omni.diffusion.latent_preview import LatentPreview
+from vllm_omni.diffusion.model_loader.components import fill_with_random_weights
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader, LoadProgress
 from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.diffusion.request import OmniDiffusionRequest
@@ -51,7 +59,9 @@ class _Running:
 class ModelRunner:
     """Carries out commands: prepare, step and decode requests, each failure kept to the request that caused it."""
 
-    def __init__(self, od_config: OmniDiffusionConfig, on_load_progress: LoadProgress | None = None) -> None:
+    def __init__(
+        self, od_config: OmniDiffusionConfig, on_load_progress: LoadProgress | None = None, *, decodes: bool = False
+    ) -> None:
         self._config = od_config
         self._platform = get_platform(od_config.torch_device)
         pipeline_class = resolve_diffusion_model(od_config.model_class_name).pipeline_class
@@ -63,12 +73,22 @@ class ModelRunner:
             )
         self._is_stepped = is_stepped(pipeline_class)
         check_cache(od_config, is_stepped=self._is_stepped)
+        self._groups = current_groups()
+        # Ranks that share tiles decode together.
+        self._decodes = decodes or self._groups.world.rank < max(1, self._groups.vae.size)
         self.pipeline: Any = DiffusersPipelineLoader(od_config, on_load_progress).load_model(
-            pipeline_class, lambda pipeline: check_compile(pipeline, od_config)
+            pipeline_class, self._check_pipeline
         )
         self._compiled_blocks = apply_compile(self.pipeline, od_config)
         self._graphed_blocks = apply_cuda_graphs(self.pipeline, od_config)
         apply_cache(self.pipeline, od_config)
+        for sharded in shard_weights(self.pipeline, od_config, self._groups):
+            if od_config.load_format == "dummy":
+                fill_with_random_weights(sharded)
+        share_tiles(self.pipeline, self._groups.vae)
+        self._split_attention_backends: set[str] = set()
+        if self._groups.sequence.size > 1:
+            self._split_attention_backends = apply_sequence_plans(self.pipeline, self._groups)
         self._prompt_embed_cache = PromptEmbedCache(0)
         if caches_prompt_embeds:
             self._prompt_embed_cache = cast(PromptEmbedCache, self.pipeline.prompt_embed_cache)
@@ -77,6 +97,12 @@ class ModelRunner:
         self._running: dict[str, _Running] = {}
         self._plan: StepPlan | None = None  # of the running requests, for as long as none comes or leaves
         self._steps_ahead: deque[Callable[[], None]] = deque()
+
+    def _check_pipeline(self, pipeline: nn.Module) -> None:
+        """Refuse what the pipeline cannot do, before its weights are read."""
+        check_compile(pipeline, self._config)
+        if self._groups.sequence.size > 1:
+            check_sequence_plans(pipeline)
 
     def execute(self, command: WorkerCommand) -> WorkerResult:
         """Carry out one command."""
@@ -133,6 +159,10 @@ class ModelRunner:
         except Exception as error:
             self._plan = None
             self._platform.empty_cache()
+            if self._groups.world.size > 1:
+                # Other ranks may wait in this step: another try of this one alone would not meet them.
+                result.errors.update((state.request_id, _explained(error)) for state in states)
+                return
             if len(states) == 1:
                 result.errors[states[0].request_id] = _explained(error)
                 return
@@ -171,17 +201,20 @@ class ModelRunner:
     def _limit_steps_ahead(self) -> None:
         self._steps_ahead.append(self._platform.record())
         if len(self._steps_ahead) >= _MAX_STEPS_AHEAD:
-            self._steps_ahead.popleft()()
+            with waiting_for("device"):
+                self._steps_ahead.popleft()()
 
     def _finish(self, request_id: str, result: WorkerResult) -> None:
         running = self._running[request_id]
-        self._platform.synchronize()
+        with waiting_for("device"):
+            self._platform.synchronize()
         started = time.perf_counter()
         if running.denoise_started is not None:
             running.times.denoise_s = started - running.denoise_started
         output = running.output if running.state is None else self._decode(running)
         if isinstance(output, torch.Tensor):
-            output = output.cpu()
+            with waiting_for("device"):
+                output = output.cpu()
         running.times.decode_s = time.perf_counter() - started
         result.finished[request_id] = WorkerOutput(
             output=output,
@@ -193,9 +226,11 @@ class ModelRunner:
     def _step_cache_use(self, state: DenoiseState | None) -> StepCacheUse | None:
         if state is None or self._config.cache.cache_backend is None:
             return None
-        return StepCacheUse(num_forwards=state.cache.num_forwards, num_skipped=state.cache.num_skipped)
+        counts = torch.tensor([state.cache.num_forwards, state.cache.num_skipped], device=state.latents.device)
+        num_forwards, num_skipped = all_reduce_sum(counts, self._groups.cfg).tolist()
+        return StepCacheUse(num_forwards=num_forwards, num_skipped=num_skipped)
 
-    def _decode(self, running: _Running) -> torch.Tensor:
+    def _decode(self, running: _Running) -> torch.Tensor | None:
         state = running.state
         assert state is not None, "only stepped pipelines are decoded"
         assert state.is_done, "the scheduler decodes requests whose steps are done"
@@ -206,6 +241,8 @@ class ModelRunner:
             )
         if running.request.sampling_params.output_type == "latent":
             return state.latents
+        if not self._decodes:
+            return None  # the engine takes the pixels of the first rank
         pixels: torch.Tensor = self.pipeline.decode(state)
         return pixels
 
@@ -224,7 +261,8 @@ class ModelRunner:
         return (*compiled, *graphed, *quantized)
 
     def _used_attention_backends(self) -> tuple[str, ...]:
-        return tuple(sorted(set().union(*(layer.used_backends for layer in self._attention_layers))))
+        used = (layer.used_backends for layer in self._attention_layers)
+        return tuple(sorted(self._split_attention_backends.union(*used)))
 
 
 def is_stepped(pipeline_class: type[nn.Module]) -> bool:

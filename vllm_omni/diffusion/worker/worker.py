@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.groups import NO_GROUPS, ParallelGroups, parallel_groups
 from vllm_omni.diffusion.distributed.utils import local_device
 from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
 from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerResult
@@ -13,17 +14,28 @@ from vllm_omni.platforms import get_platform
 
 
 class Worker:
-    """Holds the model runner of one device."""
+    """Holds the model runner of one device. ``groups`` are those of this rank.
 
-    def __init__(self, od_config: OmniDiffusionConfig, on_load_progress: LoadProgress | None = None) -> None:
+    The first rank decodes for all, unless ``decodes`` is set.
+    """
+
+    def __init__(
+        self,
+        od_config: OmniDiffusionConfig,
+        on_load_progress: LoadProgress | None = None,
+        groups: ParallelGroups = NO_GROUPS,
+        *,
+        decodes: bool = False,
+    ) -> None:
         self._device = od_config.torch_device
-        with local_device(self._device):
-            self._runner: ModelRunner | None = ModelRunner(od_config, on_load_progress)
+        self._groups = groups
+        with local_device(self._device), parallel_groups(self._groups):
+            self._runner: ModelRunner | None = ModelRunner(od_config, on_load_progress, decodes=decodes)
 
     def execute(self, command: WorkerCommand) -> WorkerResult:
         """Carry out one command on this worker's device."""
         assert self._runner is not None, "the engine gives a closed worker no commands"
-        with local_device(self._device), torch.inference_mode():
+        with local_device(self._device), parallel_groups(self._groups), torch.inference_mode():
             return self._runner.execute(command)
 
     def close(self) -> None:

@@ -64,6 +64,15 @@ def _run(
     return first
 
 
+def flash_attention_with_lse(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[B, S, H, D]`` each ``-> output [B, S, H, D], log-sum-exp of the scores [B, H, S]`` in float32."""
+    kernel = _kernel(torch.cuda.get_device_capability(query.device)[0])
+    output, lse = kernel(query, key, value, softmax_scale=softmax_scale, return_attn_probs=True)[:2]
+    return output, lse
+
+
 _flash_attention = torch.library.custom_op("vllm_omni::flash_attention", _run, mutates_args=())
 
 

@@ -18,6 +18,11 @@ from torch import nn
 
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.sequence_parallel import (
+    SequenceParallelInput,
+    SequenceParallelOutput,
+    SequenceParallelPartialInput,
+)
 from vllm_omni.diffusion.layers.adalayernorm import AdaLayerNorm, AdaLayerNormContinuous
 from vllm_omni.diffusion.layers.embeddings import TimestepEmbedding, sinusoidal_embedding
 from vllm_omni.diffusion.layers.feedforward import FeedForward
@@ -56,6 +61,15 @@ def joint_rope(
     ids = position_ids(img_shapes, num_text_tokens, device)
     angles = torch.cat([rope_angles(ids[:, axis], dim) for axis, dim in enumerate(axes_dims)], dim=-1)
     return angles.cos(), angles.sin()
+
+
+class FluxRope(nn.Module):
+    """The rotary angles of all tokens, as a module: a plan of sequence parallelism can split what a module returns."""
+
+    def forward(
+        self, img_shapes: tuple[ImageShape, ...], num_text: int, axes_dims: tuple[int, ...], device: torch.device
+    ) -> Rope:
+        return joint_rope(img_shapes, num_text, axes_dims, device)
 
 
 class FluxTimeTextEmbeddings(nn.Module):
@@ -180,6 +194,14 @@ class FluxTransformer2DModel(nn.Module):
     """
 
     _repeated_blocks = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]
+    _sp_plan = {
+        "x_embedder": {0: SequenceParallelInput(split_dim=1, expected_dims=3, split_output=True)},
+        "pos_embed": dict.fromkeys(
+            (0, 1),
+            SequenceParallelPartialInput(split_dim=0, text_len_source="num_text", expected_dims=2, split_output=True),
+        ),
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3),
+    }
 
     def __init__(
         self,
@@ -207,6 +229,7 @@ class FluxTransformer2DModel(nn.Module):
         dim = num_attention_heads * attention_head_dim
         sizes = (dim, num_attention_heads, attention_head_dim)
         self.axes_dims_rope = tuple(axes_dims_rope)
+        self.pos_embed = FluxRope()
         self.time_text_embed = FluxTimeTextEmbeddings(dim, pooled_projection_dim, guidance_embeds)
         self.context_embedder = ReplicatedLinear(joint_attention_dim, dim)
         self.x_embedder = ReplicatedLinear(in_channels, dim)
@@ -247,7 +270,7 @@ class FluxTransformer2DModel(nn.Module):
     ) -> StagedForward:
         """The forward of these inputs in its parts. Its streams are image and text, then one of both."""
         num_text = encoder_hidden_states.shape[1]
-        rope = joint_rope(img_shapes, num_text, self.axes_dims_rope, hidden_states.device)
+        rope = self.pos_embed(img_shapes, num_text, self.axes_dims_rope, hidden_states.device)
         image = self.x_embedder(hidden_states)
         text = self.context_embedder(encoder_hidden_states)
         embedding = self.time_text_embed(timestep, guidance, pooled_projections)

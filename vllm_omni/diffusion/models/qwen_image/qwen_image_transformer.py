@@ -18,6 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.sequence_parallel import (
+    SequenceParallelInput,
+    SequenceParallelOutput,
+    SequenceParallelPartialInput,
+)
 from vllm_omni.diffusion.layers.adalayernorm import AdaLayerNorm, AdaLayerNormContinuous
 from vllm_omni.diffusion.layers.embeddings import TimestepEmbedding, sinusoidal_embedding
 from vllm_omni.diffusion.layers.feedforward import FeedForward
@@ -78,6 +83,22 @@ def modulation_index(img_shapes: tuple[ImageShape, ...], device: torch.device) -
     index = torch.ones(sum(counts), dtype=torch.long, device=device)
     index[: counts[0]] = 0
     return index
+
+
+class QwenTokenPositions(nn.Module):
+    """What depends on a token's place, as a module: a plan of sequence parallelism can split what a module returns."""
+
+    def __init__(self, axes_dims: Sequence[int], layered: bool) -> None:
+        super().__init__()
+        self.axes_dims = tuple(axes_dims)
+        self.layered = layered
+
+    def forward(
+        self, img_shapes: tuple[ImageShape, ...], num_text: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Cosine and sine of all tokens, ``[T + I, D / 2]``, text first, and :func:`modulation_index`, ``[I]``."""
+        cos, sin = joint_rope(img_shapes, num_text, self.axes_dims, device, self.layered)
+        return cos, sin, modulation_index(img_shapes, device)
 
 
 class QwenTimestepProjEmbeddings(nn.Module):
@@ -174,6 +195,15 @@ class QwenImageTransformer2DModel(nn.Module):
     """
 
     _repeated_blocks = ["QwenImageTransformerBlock"]
+    _sp_plan = {
+        "img_in": {0: SequenceParallelInput(split_dim=1, expected_dims=3, split_output=True)},
+        "pos_embed": {
+            0: SequenceParallelPartialInput(split_dim=0, text_len_source="num_text", split_output=True),
+            1: SequenceParallelPartialInput(split_dim=0, text_len_source="num_text", split_output=True),
+            2: SequenceParallelInput(split_dim=0, expected_dims=1, split_output=True),
+        },
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3),
+    }
 
     def __init__(
         self,
@@ -200,9 +230,8 @@ class QwenImageTransformer2DModel(nn.Module):
             )
         self.od_config = od_config
         dim = num_attention_heads * attention_head_dim
-        self.axes_dims_rope = tuple(axes_dims_rope)
         self.zero_cond_t = zero_cond_t
-        self.use_layer3d_rope = use_layer3d_rope
+        self.pos_embed = QwenTokenPositions(axes_dims_rope, use_layer3d_rope)
         self.time_text_embed = QwenTimestepProjEmbeddings(dim, guidance_embeds, use_additional_t_cond)
         self.txt_norm = RMSNorm(joint_attention_dim)
         self.img_in = ReplicatedLinear(in_channels, dim)
@@ -251,18 +280,18 @@ class QwenImageTransformer2DModel(nn.Module):
         """The forward of these inputs in its parts. Its streams are image and text."""
         num_image, device = hidden_states.shape[1], hidden_states.device
         num_text = encoder_hidden_states.shape[1]
-        rope = joint_rope(img_shapes, num_text, self.axes_dims_rope, device, self.use_layer3d_rope)
         attn_mask = None
         if encoder_hidden_states_mask is not None:
             attn_mask = F.pad(encoder_hidden_states_mask, (0, num_image), value=True)
         image = self.img_in(hidden_states)
+        cos, sin, token_kinds = self.pos_embed(img_shapes, num_text, device)
         text = self.txt_in(self.txt_norm(encoder_hidden_states))
         embedding = self.time_text_embed(timestep, guidance, additional_t_cond, image.dtype)
         conditioning = F.silu(embedding)
         clean_conditioning, modulate_index = None, None
         if self.zero_cond_t:
             clean = self.time_text_embed(torch.zeros_like(timestep), guidance, additional_t_cond, image.dtype)
-            clean_conditioning, modulate_index = F.silu(clean), modulation_index(img_shapes, device)
+            clean_conditioning, modulate_index = F.silu(clean), token_kinds
 
         def run_block(block: nn.Module, streams: Streams, row_inputs: RowInputs, shared: SharedInputs) -> Streams:
             conditioning, _, attn_mask, clean_conditioning = row_inputs
@@ -270,16 +299,15 @@ class QwenImageTransformer2DModel(nn.Module):
             return output
 
         def modulated_input() -> torch.Tensor:
-            # Tokens that are modulated as at timestep 0 would only dilute the change between two steps.
-            noisy = image[:, : math.prod(img_shapes[0])] if self.zero_cond_t else image
             block: Any = self.transformer_blocks[0]
-            modulated: torch.Tensor = block.norm(noisy, block.img_mod[1](conditioning).chunk(2, dim=-1)[0])[0]
-            return modulated
+            modulated: torch.Tensor = block.norm(image, block.img_mod[1](conditioning).chunk(2, dim=-1)[0])[0]
+            # Tokens that are modulated as at timestep 0 would only dilute the change between two steps.
+            return modulated * (token_kinds == 0)[:, None] if self.zero_cond_t else modulated
 
         return StagedForward(
             streams=(image, text),
             row_inputs=(conditioning, embedding, attn_mask, clean_conditioning),
-            shared_inputs=(*rope, modulate_index),
+            shared_inputs=(cos, sin, modulate_index),
             spans=(BlockSpan(blocks=self.transformer_blocks, call=run_block),),
             modulated_input=modulated_input,
             output_tokens=lambda streams: streams[0],

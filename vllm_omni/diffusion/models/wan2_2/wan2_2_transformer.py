@@ -19,6 +19,7 @@ from torch import nn
 
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.sequence_parallel import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.layers.embeddings import TimestepEmbedding, sinusoidal_embedding
 from vllm_omni.diffusion.layers.feedforward import FeedForward
 from vllm_omni.diffusion.layers.linear import (
@@ -28,7 +29,7 @@ from vllm_omni.diffusion.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from vllm_omni.diffusion.layers.norm import RMSNorm, gated_residual, layer_norm_modulate
+from vllm_omni.diffusion.layers.norm import ColumnParallelRMSNorm, gated_residual, layer_norm_modulate
 from vllm_omni.diffusion.layers.rope import QKNormRope, rope_angles
 from vllm_omni.diffusion.staged_forward import BlockSpan, RowInputs, SharedInputs, StagedForward, Streams
 from vllm_omni.errors import InvalidModelFolderError
@@ -50,6 +51,13 @@ def video_rope(grid: tuple[int, int, int], head_dim: int, device: torch.device) 
     dims = (head_dim - 2 * side_dim, side_dim, side_dim)
     angles = torch.cat([rope_angles(axis.flatten(), dim) for axis, dim in zip(positions, dims, strict=True)], dim=-1)
     return angles.cos(), angles.sin()
+
+
+class WanRope(nn.Module):
+    """The rotary angles of a video, as a module: a plan of sequence parallelism can split what a module returns."""
+
+    def forward(self, grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Rope:
+        return video_rope(grid, head_dim, device)
 
 
 class WanPatchEmbedding(nn.Module):
@@ -110,7 +118,7 @@ class WanTimeTextImageEmbedding(nn.Module):
         self.text_embedder = WanTextProjection(text_dim, dim)
         self.image_embedder = None if image_dim is None else WanImageEmbedding(image_dim, dim)
 
-    def embed_time(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """``timestep [B, G] in [0, 1000] -> embedding [B, G, E], modulations [B, G, 6, E]``."""
         sinusoids = sinusoidal_embedding(timestep.flatten(), self.freq_dim)
         embedding: torch.Tensor = self.time_embedder(sinusoids).to(dtype).unflatten(0, timestep.shape)
@@ -124,8 +132,8 @@ class WanSelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, head_dim: int, eps: float) -> None:
         super().__init__()
         self.to_qkv = QKVParallelLinear(dim, head_dim, num_heads)
-        self.norm_q = RMSNorm(dim, eps)
-        self.norm_k = RMSNorm(dim, eps)
+        self.norm_q = ColumnParallelRMSNorm(dim, eps)
+        self.norm_k = ColumnParallelRMSNorm(dim, eps)
         self.qk_norm_rope = QKNormRope(self.to_qkv.num_heads)
         self.attn = Attention(self.to_qkv.num_heads, head_dim)
         self.to_out = nn.ModuleList([RowParallelLinear(dim, dim)])
@@ -147,16 +155,17 @@ class WanCrossAttention(nn.Module):
         super().__init__()
         self.to_q = ColumnParallelLinear(dim, dim)
         self.to_kv = MergedColumnParallelLinear(dim, (dim, dim), checkpoint_names=("to_k", "to_v"))
-        self.norm_q = RMSNorm(dim, eps)
-        self.norm_k = RMSNorm(dim, eps)
+        self.norm_q = ColumnParallelRMSNorm(dim, eps)
+        self.norm_k = ColumnParallelRMSNorm(dim, eps)
         self.to_added_kv: MergedColumnParallelLinear | None = None
         if added_kv_proj_dim is not None:
             self.to_added_kv = MergedColumnParallelLinear(
                 added_kv_proj_dim, (dim, dim), checkpoint_names=("add_k_proj", "add_v_proj")
             )
-            self.norm_added_k = RMSNorm(dim, eps)
+            self.norm_added_k = ColumnParallelRMSNorm(dim, eps)
         self.head_dim = head_dim
-        self.attn = Attention(self.to_q.tp.divide(num_heads, "num_heads"), head_dim)
+        # Text and picture are on every rank.
+        self.attn = Attention(self.to_q.tp.divide(num_heads, "num_heads"), head_dim, skip_sequence_parallel=True)
         self.to_out = nn.ModuleList([RowParallelLinear(dim, dim)])
 
     def forward(self, hidden_states: torch.Tensor, text: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
@@ -240,6 +249,15 @@ class WanTransformer3DModel(nn.Module):
     """The denoiser. Its keyword arguments are those of the checkpoint's ``config.json``."""
 
     _repeated_blocks = ["WanTransformerBlock"]
+    _sp_plan = {
+        "patch_embedding": {0: SequenceParallelInput(split_dim=1, expected_dims=3, split_output=True)},
+        "rope": dict.fromkeys((0, 1), SequenceParallelInput(split_dim=0, expected_dims=2, split_output=True)),
+        "condition_embedder": {
+            0: SequenceParallelInput(split_dim=1, expected_dims=3, split_output=True),
+            1: SequenceParallelInput(split_dim=1, expected_dims=4, split_output=True),
+        },
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3),
+    }
 
     def __init__(
         self,
@@ -276,6 +294,7 @@ class WanTransformer3DModel(nn.Module):
         self.head_dim = attention_head_dim
         self.eps = eps
         self.rope_max_seq_len = rope_max_seq_len  # tokens along one axis that the model was trained for
+        self.rope = WanRope()
         self.patch_embedding = WanPatchEmbedding(in_channels, dim, patch_size)
         self.condition_embedder = WanTimeTextImageEmbedding(dim, freq_dim, text_dim, image_dim)
         self.blocks = nn.ModuleList(
@@ -314,11 +333,11 @@ class WanTransformer3DModel(nn.Module):
         """The forward of these inputs in its parts. Its only stream is the video."""
         sizes = zip(hidden_states.shape[2:], self.patch_size, strict=True)
         frames, rows, columns = (size // side for size, side in sizes)
-        rope = video_rope((frames, rows, columns), self.head_dim, hidden_states.device)
         video = self.patch_embedding(hidden_states)
+        rope = self.rope((frames, rows, columns), self.head_dim, hidden_states.device)
         embedder = self.condition_embedder
         timestep = timestep.unsqueeze(1) if timestep.dim() == 1 else timestep
-        embedding, modulations = embedder.embed_time(timestep, video.dtype)
+        embedding, modulations = embedder(timestep, video.dtype)
         text = embedder.text_embedder(encoder_hidden_states)
         image = None
         if encoder_hidden_states_image is not None:

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+
+from tests import tiny, tiny_flux, tiny_qwen_edit, tiny_wan
+from tests.parallel.ranks import RankPool
+from vllm_omni.entrypoints.omni import SHIPPED_MODEL
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks():
+    pool = RankPool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A function from the name of a model to its folder, which it makes at the first call."""
+    made = {"shipped": str(SHIPPED_MODEL)}
+    makers = {
+        "qwen_image": tiny.qwen_image,
+        "qwen_image_edit": tiny_qwen_edit.qwen_image_edit,
+        "qwen_image_edit_plus": tiny_qwen_edit.qwen_image_edit_plus,
+        "qwen_image_layered": tiny_qwen_edit.qwen_image_layered,
+        "flux": tiny_flux.flux,
+        "flux_kontext": tiny_flux.flux_kontext,
+        "wan_t2v": tiny_wan.wan_t2v,
+        "wan_ti2v": tiny_wan.wan_ti2v,
+        "wan_i2v": tiny_wan.wan_i2v,
+        "wan_i2v_21": lambda folder: tiny_wan.wan_i2v(folder, num_experts=1),
+    }
+
+    def folder(name: str) -> str:
+        if name not in made:
+            made[name] = str(makers[name](tmp_path_factory.mktemp("parallel") / name))
+        return made[name]
+
+    return folder

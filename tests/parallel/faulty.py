@@ -1,0 +1,44 @@
+"""A pipeline whose predict can be told to die, hang or run out of memory on one rank: ``prompt`` says where and when.
+
+``"die 1"``: rank 1 kills itself in its second step, while the other waits for it in a collective.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+
+from vllm_omni.diffusion.models.qwen_image.pipeline_qwen_image import (
+    QwenImagePipeline,
+    get_qwen_image_post_process_func,
+)
+
+get_faulty_post_process_func = get_qwen_image_post_process_func
+
+
+class FaultyPipeline(QwenImagePipeline):
+    fault: str | None = None
+
+    def prepare(self, request):
+        words = str(request.prompt.get("prompt")).split()
+        if words[0] in ("die", "hang", "stop", "oom", "fail") and dist.get_rank() == int(words[1]):
+            self.fault = words[0]
+        return super().prepare(request)
+
+    def predict(self, latents, timestep, conditions):
+        fault, self.fault = self.fault, None
+        if fault == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if fault == "hang":
+            time.sleep(3600)
+        if fault == "oom":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        if fault == "fail":
+            raise ArithmeticError("this rank counts otherwise")
+        return super().predict(latents, timestep, conditions)

@@ -1,0 +1,69 @@
+"""What the tests of layouts run on every rank: requests, from their prompt to their latents or pixels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vllm_omni import OmniDiffusionSamplingParams
+from vllm_omni.diffusion.distributed.groups import NO_GROUPS, ParallelGroups, build_groups
+from vllm_omni.diffusion.distributed.layout import ParallelLayout, check_layout
+from vllm_omni.diffusion.engine.admission import admit
+from vllm_omni.diffusion.engine.configure import configure
+from vllm_omni.diffusion.engine.engine import _built
+from vllm_omni.diffusion.registry import resolve_diffusion_model
+from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerOutput
+from vllm_omni.diffusion.worker.worker import Worker
+
+Prompt = Any
+
+
+@functools.cache
+def groups_of(layout: ParallelLayout, device_type: str, use_hsdp: bool) -> ParallelGroups:
+    return NO_GROUPS if layout.world_size == 1 else build_groups(layout, device_type, use_hsdp)
+
+
+def generate(
+    folder: str, options: dict[str, Any], prompts: Sequence[Prompt], params: Sequence[dict[str, Any]]
+) -> list[WorkerOutput]:
+    """Outputs of requests that advance together, as every rank has them."""
+    config = configure(folder, options)
+    groups = groups_of(check_layout(config), config.torch_device.type, config.parallel_config.use_hsdp)
+    worker = Worker(config, groups=groups)
+    model = resolve_diffusion_model(config.model_class_name)
+    spec, pre_process = model.request_spec(config), _built(model.get_pre_process_func, config)
+    requests = [
+        admit(prompt, OmniDiffusionSamplingParams(**values), spec, {}, pre_process)
+        for prompt, values in zip(prompts, params, strict=True)
+    ]
+    for index, request in enumerate(requests):
+        request.request_id = f"request-{index}"
+    left = {request.request_id: request.sampling_params.num_inference_steps for request in requests}
+    finished: dict[str, WorkerOutput] = {}
+    command = WorkerCommand(prepare=tuple(requests))
+    while True:
+        result = worker.execute(command)
+        for error in result.errors.values():
+            raise error
+        finished |= result.finished
+        if len(finished) == len(requests):
+            worker.close()
+            return [finished[request.request_id] for request in requests]
+        done = tuple(key for key, steps in left.items() if steps == 0 and key not in finished)
+        stepped = tuple(key for key, steps in left.items() if steps)
+        for key in stepped:
+            left[key] -= 1
+        command = WorkerCommand(decode=done, step=stepped, max_batch_size=4)
+
+
+def largest_difference(ours: Sequence[WorkerOutput], reference: Sequence[WorkerOutput]) -> float:
+    differences = []
+    for mine, other in zip(ours, reference, strict=True):
+        assert mine.output.shape == other.output.shape
+        assert torch.isfinite(mine.output).all()
+        assert other.output.std() > 0.05, "a constant output proves nothing"
+        differences.append((mine.output - other.output).abs().max().item())
+    return max(differences)

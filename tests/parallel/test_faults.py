@@ -1,0 +1,186 @@
+"""A rank that dies, hangs or runs out of memory: errors that name it within 10 seconds, and then the next request."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_omni import Omni, OmniDiffusionSamplingParams
+from vllm_omni.diffusion.registry import register_diffusion_model
+from vllm_omni.errors import GenerationError, InvalidRequestError, RankFailureError
+
+ROOT = Path(__file__).parent.parent.parent
+PARAMS = {"height": 64, "width": 64, "num_inference_steps": 2, "seed": 1, "output_type": "latent"}
+
+
+def params(**values):
+    return OmniDiffusionSamplingParams(**PARAMS, **values)
+
+
+@pytest.fixture(scope="module")
+def omni(folders, tmp_path_factory):
+    """Two ranks that split the branches of guidance, of a pipeline that can be told to fail."""
+    folder = tmp_path_factory.mktemp("faulty")
+    for entry in Path(folders("qwen_image")).iterdir():
+        if entry.is_dir():
+            (folder / entry.name).symlink_to(entry)
+    index = (Path(folders("qwen_image")) / "model_index.json").read_text()
+    (folder / "model_index.json").write_text(index.replace('"QwenImagePipeline"', '"FaultyPipeline"'))
+    register_diffusion_model(
+        "FaultyPipeline", "tests.parallel.faulty:FaultyPipeline", post_process_func="get_faulty_post_process_func"
+    )
+    with Omni(str(folder), device="cpu", ulysses_degree=2) as omni:
+        yield omni
+
+
+@pytest.fixture(scope="module")
+def expected(omni):
+    return omni.generate("a red circle", params())[0].images[0]
+
+
+def pids(omni):
+    return omni._engine._executor.pids
+
+
+def assert_serves(omni, expected):
+    assert torch.equal(omni.generate("a red circle", params())[0].images[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cause"),
+    [
+        ("die 1", r"rank 1 of 2 was killed by SIGKILL"),
+        pytest.param("die 0", r"rank 0 of 2 was killed by SIGKILL", marks=pytest.mark.parallel),
+        pytest.param("hang 1", r"rank 1 of 2 hangs", marks=pytest.mark.parallel),
+        pytest.param("oom 1", r"rank 1 of 2 failed: .*out of memory", marks=pytest.mark.parallel),
+        pytest.param("fail 0", r"rank 0 of 2 failed: ArithmeticError: this rank", marks=pytest.mark.parallel),
+    ],
+)
+def test_a_rank_that_fails_in_a_step_is_named_and_the_next_request_succeeds(omni, expected, prompt, cause):
+    old = pids(omni)
+    started = time.monotonic()
+    with pytest.raises(GenerationError) as caught:
+        omni.generate([prompt, "a blue square"], params())
+    assert time.monotonic() - started < 10
+    # Also the request that had no part in it: its state is gone.
+    assert [type(output.error) for output in caught.value.outputs] == [RankFailureError] * 2
+    assert caught.match(cause)
+    assert_serves(omni, expected)
+    assert not any(alive(pid) for pid in old)
+    assert_serves(omni, expected)
+
+
+@pytest.mark.parallel
+def test_a_rank_that_is_stopped_is_named_and_the_next_request_succeeds(omni, expected):
+    started = time.monotonic()
+    with pytest.raises(GenerationError, match="rank 1 of 2 has given no sign of life"):
+        omni.generate("stop 1", params())
+    assert time.monotonic() - started < 10
+    assert_serves(omni, expected)
+
+
+@pytest.mark.parallel
+def test_a_rank_that_is_killed_at_rest_costs_one_call(omni, expected):
+    os.kill(pids(omni)[1], signal.SIGKILL)
+    with pytest.raises(GenerationError, match="rank 1 of 2 was killed by SIGKILL"):
+        omni.generate("a red circle", params())
+    assert_serves(omni, expected)
+
+
+def test_a_request_that_is_wrong_on_all_ranks_alike_restarts_nothing(omni, expected):
+    old = pids(omni)
+    with pytest.raises(InvalidRequestError) as caught:
+        omni.generate("a cat holding a sign that says hello", params(max_sequence_length=3))
+    assert caught.value.param == "prompt"
+    assert pids(omni) == old
+    assert_serves(omni, expected)
+
+
+@pytest.mark.parallel
+def test_ranks_that_fail_again_and_again_are_given_up(omni, expected):
+    executor = omni._engine._executor
+    executor._num_restarts, before = 3, executor._num_restarts
+    try:
+        with pytest.raises(GenerationError, match=r"rank 0 of 2 was killed"):
+            omni.generate("die 0", params())
+        started = time.monotonic()
+        with pytest.raises(GenerationError, match=r"4 times in a row.*create the engine anew"):
+            omni.generate("a red circle", params())
+        assert time.monotonic() - started < 1
+    finally:
+        executor._num_restarts, executor._end = before, None
+    assert_serves(omni, expected)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def gone_within(processes, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not any(alive(pid) for pid in processes):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+SCRIPT = """
+import sys, time
+from vllm_omni import Omni, OmniDiffusionSamplingParams
+omni = Omni(device="cpu", cfg_parallel_size=2)
+print(*omni._engine._executor.pids, flush=True)
+params = OmniDiffusionSamplingParams(height=64, width=64, num_inference_steps=10_000)
+omni.generate("a red circle", params, progress=lambda event: event.step == 1 and print("begun", flush=True))
+"""
+
+
+@pytest.fixture
+def running():
+    """A script in the middle of a generation on two ranks, and the ranks' process ids."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    ranks = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(ranks) == 2
+    assert process.stdout.readline() == "begun\n"
+    yield process, ranks
+    process.kill()
+    process.communicate()
+
+
+def test_an_interrupt_ends_everything_and_leaves_nothing(running):
+    process, ranks = running
+    before = set(os.listdir("/dev/shm"))  # noqa: PTH208
+    started = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the ranks as well
+    _, stderr = process.communicate(timeout=5)
+    assert time.monotonic() - started < 5
+    assert "KeyboardInterrupt" in stderr
+    assert "rank_process" not in stderr, "the ranks left the interrupt to the engine"
+    assert gone_within(ranks, 1)
+    assert set(os.listdir("/dev/shm")) <= before  # noqa: PTH208
+
+
+@pytest.mark.parallel
+def test_ranks_end_with_an_engine_that_is_killed(running):
+    process, ranks = running
+    process.kill()
+    assert gone_within(ranks, 5)

@@ -1,0 +1,81 @@
+"""Every layout gives the latents of one process, for every model, batched, with and without guidance."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from tests.parallel.generation import generate, largest_difference
+from tests.parallel.layouts import DBCACHE, FOUR, TEACACHE, TWO
+from tests.parallel.models import FAMILIES, MODELS, requests_of
+from tests.parity import LATENT_TOLERANCE
+
+
+@functools.cache
+def reference(folder, model, options=()):
+    return generate(folder, dict(options), *requests_of(model))
+
+
+def check(pool, folder, model, layout, features=None):
+    features = features or {}
+    expected = generate(folder, features, *requests_of(model)) if features else reference(folder, model)
+    for outputs in pool.run(generate, folder, {**layout, **features}, *requests_of(model)):
+        assert largest_difference(outputs, expected) <= LATENT_TOLERANCE
+        assert [output.step_cache for output in outputs] == [output.step_cache for output in expected]
+    return expected
+
+
+@pytest.mark.parametrize("layout", TWO)
+@pytest.mark.parametrize("model", FAMILIES)
+def test_two_ranks_give_the_latents_of_one(two_ranks, folders, model, layout):
+    check(two_ranks, folders(model), model, TWO[layout])
+
+
+def cases(models, layouts):
+    """All pairs; but five heads, as the shipped model has, do not divide for tensor parallelism."""
+    return [(m, name) for m in models for name in layouts if m != "shipped" or "tp" not in name]
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize(("model", "layout"), cases([model for model in MODELS if model not in FAMILIES], TWO))
+def test_two_ranks_give_the_latents_of_one_for_every_model(two_ranks, folders, model, layout):
+    check(two_ranks, folders(model), model, TWO[layout])
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize(("model", "layout"), cases(MODELS, FOUR))
+def test_four_ranks_give_the_latents_of_one(four_ranks, folders, model, layout):
+    check(four_ranks, folders(model), model, FOUR[layout])
+
+
+@pytest.mark.parametrize("layout", ["u2", "cfg2"])
+def test_a_step_cache_skips_what_it_skips_on_one_rank(two_ranks, folders, layout):
+    expected = check(two_ranks, folders("qwen_image"), "qwen_image", TWO[layout], TEACACHE)
+    assert all(output.step_cache.num_skipped for output in expected)
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("cache", [TEACACHE, DBCACHE], ids=["tea_cache", "cache_dit"])
+@pytest.mark.parametrize("layout", TWO)
+@pytest.mark.parametrize("model", [*FAMILIES, "qwen_image_edit_plus", "wan_ti2v"])
+def test_every_cache_skips_what_it_skips_on_one_rank(two_ranks, folders, model, layout, cache):
+    expected = check(two_ranks, folders(model), model, TWO[layout], cache)
+    assert all(output.step_cache.num_skipped for output in expected)
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("layout", ["tp2", "u2", "r2", "cfg2", "hsdp2"])
+def test_compiled_blocks_work_on_two_ranks(two_ranks, folders, layout):
+    check(two_ranks, folders("flux"), "flux", TWO[layout], {"enforce_eager": False})
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_two_ranks_decode_the_tiles_of_one(two_ranks, folders, model):
+    prompts, params = requests_of(model)
+    values = {**params[0], "output_type": "pt", "height": 288, "width": 320, "num_inference_steps": 1}
+    options = {"vae_use_tiling": True}
+    expected = generate(folders(model), options, prompts[:1], [values])
+    options |= {"cfg_parallel_size": 2, "vae_parallel_size": 2}
+    for outputs in two_ranks.run(generate, folders(model), options, prompts[:1], [values]):
+        assert largest_difference(outputs, expected) <= LATENT_TOLERANCE

@@ -1,0 +1,75 @@
+"""Layouts that cannot be are refused at start, by what is wrong and what would be right. No process is started."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_omni import Omni
+from vllm_omni.diffusion.attention.layer import Attention
+from vllm_omni.diffusion.distributed.groups import ParallelGroups, RankGroup, TensorParallelRank, parallel_groups
+from vllm_omni.errors import FeatureNotAvailableError, InvalidConfigError
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size=0 must be an integer of at least 1"),
+        ({"ulysses_degree": -2}, "ulysses_degree=-2 must be"),
+        ({"ring_degree": True}, "ring_degree=True must be"),
+        ({"cfg_parallel_size": "2"}, "cfg_parallel_size='2' must be"),
+        ({"distributed_executor_backend": "threads"}, "must be one of mp"),
+        (
+            {"tensor_parallel_size": 3},
+            r"tensor_parallel_size=3 does not divide num_attention_heads=4.*these would: \[1, 2, 4\]",
+        ),
+        ({"ulysses_degree": 5}, "ulysses_degree=5 must be at most 4.*ring_degree for the rest"),
+        ({"ulysses_degree": 4, "tensor_parallel_size": 2}, "must be at most 2: num_attention_heads=4"),
+        ({"use_hsdp": True}, "needs ranks to hold the parts.*hsdp_shard_size"),
+        ({"hsdp_shard_size": 2}, "hsdp_shard_size=2 goes with use_hsdp=True"),
+        (
+            {"use_hsdp": True, "ulysses_degree": 2, "hsdp_shard_size": 3},
+            "must equal ring_degree x ulysses_degree = 1 x 2 = 2",
+        ),
+        ({"vae_parallel_size": 2, "cfg_parallel_size": 2}, "vae_use_tiling=True on different ranks; set it"),
+        (
+            {"vae_parallel_size": 3, "cfg_parallel_size": 2, "vae_use_tiling": True},
+            r"must be at most 2, the number of ranks \(cfg_parallel_size=2\)",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_what_would(qwen_folder, options, message):
+    with pytest.raises(InvalidConfigError, match=message) as caught:
+        Omni(str(qwen_folder), device="cpu", **options)
+    assert caught.value.option in options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_hsdp": True, "hsdp_shard_size": 2, "tensor_parallel_size": 2}, "both split the same weights"),
+        ({"use_hsdp": True, "hsdp_shard_size": 2, "quantization": "fp8"}, "scales of a weight do not travel"),
+    ],
+)
+def test_features_that_exclude_each_other_are_refused_with_the_reason(qwen_folder, options, message):
+    with pytest.raises(FeatureNotAvailableError, match=message):
+        Omni(str(qwen_folder), device="cpu", **options)
+
+
+def test_more_ranks_than_gpus_are_refused_with_their_number(qwen_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InvalidConfigError, match=r"ulysses_degree=2 x tensor_parallel_size=2 needs 4 GPUs, .* has 2"):
+        Omni(str(qwen_folder), device="cuda", dtype="float32", ulysses_degree=2, tensor_parallel_size=2)
+
+
+def test_a_ring_takes_no_causal_attention():
+    with parallel_groups(ParallelGroups(ring=RankGroup(0, 2), sequence=RankGroup(0, 2))):
+        Attention(2, 8)
+        with pytest.raises(FeatureNotAvailableError, match=r"ring_degree=2.*cannot mask causally; use ulysses_degree"):
+            Attention(2, 8, causal=True)
+
+
+def test_a_width_that_does_not_divide_says_what_would():
+    with pytest.raises(InvalidConfigError, match=r"inner_size=6 does not divide by tensor_parallel_size=4.*\[1, 2, 3"):
+        TensorParallelRank(0, 4).divide(6, "inner_size")

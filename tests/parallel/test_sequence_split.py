@@ -1,0 +1,104 @@
+"""What a rank has of a sequence, and plans as another package would write them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.parallel.toy_transformer import ToyTransformer, run_toy
+from vllm_omni.diffusion.distributed.groups import ParallelGroups, RankGroup
+from vllm_omni.diffusion.distributed.sequence_parallel import (
+    SequenceParallelInput,
+    SequenceParallelOutput,
+    SequenceParallelPartialInput,
+    ShardedForward,
+    shard_lengths,
+)
+from vllm_omni.diffusion.distributed.sequence_plan import check_sequence_plans
+from vllm_omni.errors import FeatureNotAvailableError, InvalidConfigError
+
+
+def forwards(size):
+    groups = [ParallelGroups(sequence=RankGroup(rank, size)) for rank in range(size)]
+    return [ShardedForward(group, {}, set()) for group in groups]
+
+
+@pytest.mark.parametrize(("total", "size"), [(8, 2), (9, 2), (10, 4), (5, 4)])
+def test_the_ranks_have_all_tokens_once_and_differ_by_one_at_most(total, size):
+    x = torch.arange(total)[None]
+    parts = [forward.split(x, 1, "x") for forward in forwards(size)]
+    assert torch.equal(torch.cat(parts, 1), x)
+    lengths = shard_lengths(total, size)
+    assert [part.shape[1] for part in parts] == list(lengths)
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_text_stays_whole_before_the_part_of_the_sequence():
+    x = torch.arange(11)
+    parts = [forward.split_after_text(x, 0, 3, "x") for forward in forwards(2)]
+    assert [part.tolist() for part in parts] == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 7, 8, 9, 10]]
+
+
+@pytest.mark.parametrize(("total", "groups", "size"), [(12, 3, 2), (12, 3, 4), (30, 5, 4), (15, 3, 2), (8, 8, 2)])
+def test_values_of_runs_of_tokens_become_values_of_this_ranks_runs(total, groups, size):
+    values = torch.arange(groups)[None]
+    per_token = values.repeat_interleave(total // groups, 1)
+    for forward in forwards(size):
+        tokens = forward.split(torch.arange(total)[None], 1, "tokens")
+        runs = forward.split(values, 1, "values")
+        run = tokens.shape[1] // runs.shape[1]
+        assert torch.equal(runs.repeat_interleave(run, 1)[0], per_token[0, tokens[0]])
+
+
+def test_a_sequence_of_another_length_or_of_too_few_tokens_is_refused():
+    forward = forwards(2)[0]
+    forward.split(torch.zeros(1, 8), 1, "first")
+    with pytest.raises(ValueError, match=r"second has length 7 along dimension 1.*has 8 tokens"):
+        forward.split(torch.zeros(1, 7), 1, "second")
+    with pytest.raises(ValueError, match=r"x has 3 tokens, fewer than the 4 ranks"):
+        forwards(4)[0].split(torch.zeros(1, 3), 1, "x")
+
+
+INPUT = SequenceParallelInput(split_dim=1, expected_dims=3)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"blockz.0": {"hidden_states": INPUT}}, r"names 'blockz\.0', which it has no module of"),
+        ({"empty.*": {"hidden_states": INPUT}}, r"names 'empty\.\*', which matches no module"),
+        ({"blocks.*": {"hidden": INPUT}}, r"names 'hidden', which is no parameter of ToyBlock\.forward; it has hidden"),
+        ({"": {"hidden_states": SequenceParallelInput(split_dim=3, expected_dims=3)}}, "dimension 3 does not exist"),
+        ({"proj_out": SequenceParallelOutput(gather_dim=4, expected_dims=3)}, "dimension 4 does not exist"),
+        ({"proj_in": {"x": SequenceParallelInput(split_dim=1, split_output=True)}}, "must be the index of an output"),
+        (
+            {"": {"hidden_states": SequenceParallelPartialInput(split_dim=1, text_len_source="nowhere")}},
+            "text_len_source='nowhere' is a parameter of neither",
+        ),
+        ({"": {"hidden_states": 1}}, "must be one of SequenceParallelInput"),
+    ],
+)
+def test_a_plan_that_names_what_is_not_there_is_refused_at_start(plan, message):
+    class Planned(ToyTransformer):
+        _sp_plan = plan
+
+    with pytest.raises(InvalidConfigError, match=message):
+        check_sequence_plans(nn.ModuleList([Planned()]))
+
+
+def test_a_pipeline_without_a_plan_is_refused():
+    with pytest.raises(FeatureNotAvailableError, match="declares a _sp_plan"):
+        check_sequence_plans(nn.ModuleList([nn.Linear(2, 2)]))
+
+
+@pytest.mark.parametrize("kind", ["whole sequence", "text in front", "split at each block", "wrong dims"])
+@pytest.mark.parametrize("ring", [1, 2], ids=["ulysses", "ring"])
+def test_plans_of_the_guide_work_on_a_transformer_that_knows_nothing_of_ranks(two_ranks, kind, ring):
+    for error, ours, expected, tokens in two_ranks.run(run_toy, kind, ring):
+        if kind == "wrong dims":
+            assert "expected_dims is 4" in error
+            continue
+        assert error is None
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+        assert tokens < expected.shape[1], "nothing was split"

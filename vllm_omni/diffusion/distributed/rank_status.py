@@ -1,0 +1,42 @@
+"""What a rank waits for, which tells a rank that hangs from one that waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class RankStatus:
+    """Written by the thread that computes, read by the one that reports to the engine."""
+
+    waiting_for: str | None = None  # "ranks" or "device"
+
+
+_current: ContextVar[RankStatus | None] = ContextVar("rank_status", default=None)
+
+
+@contextmanager
+def rank_status(status: RankStatus) -> Iterator[None]:
+    """Waits within the block are noted in ``status``."""
+    token = _current.set(status)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+@contextmanager
+def waiting_for(what: str) -> Iterator[None]:
+    """The block waits for other ranks ("ranks") or for the device ("device"), however long that takes."""
+    status = _current.get()
+    if status is None:
+        yield
+        return
+    previous, status.waiting_for = status.waiting_for, what
+    try:
+        yield
+    finally:
+        status.waiting_for = previous

@@ -1,0 +1,197 @@
+"""Ranks as processes of this machine. A rank that dies, hangs or falls out of step ends the others; all start anew."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.layout import ParallelLayout
+from vllm_omni.diffusion.engine.rank_pool import Rank, RankPool
+from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
+from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerResult
+from vllm_omni.diffusion.worker.rank_messages import LoadReport, RankReady, RankReply
+from vllm_omni.errors import RankFailureError, first_line
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
+
+_POLL_S = 0.1
+# A rank that others wait for, that waits for nothing and that has computed nothing for this long, hangs. Compilers run
+# in processes of their own for a while.
+_STALL_S = 6.0
+_STALL_WHILE_COMPILING_S = 60.0
+_ALL_STALLED = 5  # times as long, where no rank says that it waits for the others
+# Ranks whose steps are the same answer within moments of each other once one of them has failed.
+_GRACE_S = 3.0
+_MAX_RESTARTS = 3  # in a row, without a finished request between them
+_BACKOFF_S = (0.0, 1.0, 5.0)
+
+
+class MultiprocessExecutor:
+    """One replica of a model on ``layout.world_size`` ranks."""
+
+    def __init__(
+        self,
+        od_config: OmniDiffusionConfig,
+        layout: ParallelLayout,
+        on_load_progress: LoadProgress | None = None,
+        *,
+        first_device: int = 0,
+    ) -> None:
+        self._config, self._layout, self._first_device = od_config, layout, first_device
+        self._on_load_progress = on_load_progress
+        self._stall_s = _STALL_S if od_config.enforce_eager else _STALL_WHILE_COMPILING_S
+        self._number = 0  # of the last command
+        self._in_flight: dict[str, None] = {}
+        self._num_restarts = 0
+        self._restart_at = 0.0
+        self._end: RankFailureError | None = None  # why there will be no other start
+        self._pool: RankPool | None = RankPool(od_config, layout, first_device)
+        self._is_ready = False
+        self._await_ready()
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the ranks."""
+        return [] if self._pool is None else [rank.process.pid for rank in self._pool.ranks]
+
+    def execute(self, command: WorkerCommand) -> WorkerResult:
+        """Run a command on all ranks. A failed rank is an error of every request in progress."""
+        self._in_flight.update((request.request_id, None) for request in command.prepare)
+        try:
+            self._recover()
+            result = self._run(self._require_pool(), command)
+        except RankFailureError as failure:
+            result = self._lost(failure)
+        for request_id in (*command.release, *result.finished, *result.errors):
+            self._in_flight.pop(request_id, None)
+        if result.finished:
+            self._num_restarts = 0
+        return result
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def _require_pool(self) -> RankPool:
+        assert self._pool is not None, "the engine gives a closed executor no commands"
+        return self._pool
+
+    def _run(self, pool: RankPool, command: WorkerCommand) -> WorkerResult:
+        self._number += 1
+        pool.broadcast((self._number, command))
+        replies: dict[int, RankReply] = {}
+        began, failed_at = time.monotonic(), float("inf")
+
+        def hear(rank: Rank, value: Any) -> None:
+            # An interrupt may have left replies to an earlier command.
+            if isinstance(value, RankReply) and value.number == self._number:
+                replies[rank.number] = value
+
+        while len(replies) < len(pool.ranks):
+            pool.receive(_POLL_S, hear)
+            now = time.monotonic()
+            if any(reply.failed or reply.error is not None for reply in replies.values()):
+                failed_at = min(failed_at, now)
+            if now - failed_at > _GRACE_S:
+                raise self._out_of_step(pool, replies)
+            self._check_stalled(pool, replies, began)
+        if len({(reply.finished, reply.failed) for reply in replies.values()}) > 1 or replies[0].result is None:
+            raise self._out_of_step(pool, replies)
+        return replies[0].result
+
+    def _out_of_step(self, pool: RankPool, replies: dict[int, RankReply]) -> RankFailureError:
+        """One rank failed where others did not: their states differ from here on."""
+        for number, reply in sorted(replies.items()):
+            error = reply.error
+            if error is None and reply.result is not None:
+                error = next(iter(reply.result.errors.values()), None)
+            if error is not None:
+                return pool.failure(pool.ranks[number], f"failed: {type(error).__name__}: {first_line(error)}")
+        return pool.failure(pool.ranks[0], "did not do what the others did")
+
+    def _check_stalled(self, pool: RankPool, replies: dict[int, RankReply], began: float) -> None:
+        now = time.monotonic()
+        idle = [rank for rank in pool.ranks if rank.number not in replies]
+        for rank in idle:
+            if now - max(rank.beat_time, began) > self._stall_s:
+                raise pool.failure(rank, f"has given no sign of life for {self._stall_s:g} s")
+        stalled = [rank for rank in idle if rank.beat.idle_s > self._stall_s]
+        others_wait = bool(replies) or any(rank.beat.waiting_for is not None for rank in idle)
+        enough = self._stall_s if others_wait else self._stall_s * _ALL_STALLED
+        if stalled and stalled[0].beat.idle_s > enough:
+            raise pool.failure(stalled[0], f"hangs: it has done nothing for {stalled[0].beat.idle_s:.0f} s")
+
+    def _lost(self, failure: RankFailureError) -> WorkerResult:
+        """Every request in progress fails, and the ranks start anew."""
+        logger.error("%s; %d requests are lost", failure, len(self._in_flight))
+        if self._pool is not None:
+            self._pool.close(gently=False)
+            self._pool = None
+        errors: dict[str, Exception] = {
+            request_id: RankFailureError(str(failure), rank=failure.rank) for request_id in self._in_flight
+        }
+        if self._end is None:
+            if self._num_restarts >= _MAX_RESTARTS:
+                self._end = RankFailureError(
+                    f"the ranks failed {self._num_restarts + 1} times in a row, the last time because {failure}; they"
+                    " are not started again: find the cause, and create the engine anew",
+                    rank=failure.rank,
+                )
+            else:
+                self._restart_at = time.monotonic() + _BACKOFF_S[self._num_restarts]
+                self._num_restarts += 1
+                if self._restart_at <= time.monotonic():
+                    self._start()
+        return WorkerResult(errors=errors)
+
+    def _start(self) -> None:
+        self._pool, self._is_ready = RankPool(self._config, self._layout, self._first_device), False
+
+    def _recover(self) -> None:
+        """Have ranks that are ready. Raises ``RankFailureError`` if they cannot be had."""
+        if self._end is not None:
+            raise self._end
+        if self._pool is None:
+            time.sleep(max(0.0, self._restart_at - time.monotonic()))
+            self._start()
+        if not self._is_ready:
+            try:
+                self._await_ready()
+            except RankFailureError:
+                raise
+            except Exception as error:
+                raise RankFailureError(
+                    f"the ranks could not be started again: {type(error).__name__}: {first_line(error)}", rank=0
+                ) from error
+
+    def _await_ready(self) -> None:
+        """Wait until every rank has loaded its part. Raises what one of them met."""
+        pool = self._require_pool()
+        ready: set[int] = set()
+        errors: list[BaseException] = []
+
+        def hear(rank: Rank, value: Any) -> None:
+            if isinstance(value, LoadReport) and self._on_load_progress is not None:
+                self._on_load_progress(value.done, value.total)
+            elif isinstance(value, RankReady):
+                ready.add(rank.number)
+                if value.error is not None:
+                    errors.append(value.error)
+
+        try:
+            while len(ready) < len(pool.ranks):
+                pool.receive(_POLL_S, hear)
+                if errors:
+                    raise errors[0]
+        except BaseException:
+            pool.close(gently=False)
+            self._pool = None
+            raise
+        self._is_ready = True

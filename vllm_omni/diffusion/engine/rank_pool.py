@@ -1,0 +1,148 @@
+"""The processes of the ranks of one replica: started, heard, watched and ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.layout import ParallelLayout, rank_config_device
+from vllm_omni.diffusion.registry import registry_entry
+from vllm_omni.diffusion.worker.channel import Channel, Message
+from vllm_omni.diffusion.worker.rank_messages import RankBeat, RankSetup
+from vllm_omni.errors import RankFailureError
+
+_CLOSING_S = 3.0  # that ranks have to end by themselves
+_SEND_TIMEOUT_S = 8.0
+
+
+@dataclass(kw_only=True)
+class Rank:
+    """One process, and what was last heard of it."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    channel: Channel
+    beat: RankBeat = field(default_factory=lambda: RankBeat(idle_s=0.0, waiting_for=None))
+    beat_time: float = field(default_factory=time.monotonic)
+
+    def why_gone(self) -> str | None:
+        """How the process ended, or None while it lives."""
+        code = self.process.poll()
+        if code is None:
+            return None
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+
+
+class RankPool:
+    """One process per rank, from its start to its end. ``first_device`` counts devices from the configured one."""
+
+    def __init__(self, od_config: OmniDiffusionConfig, layout: ParallelLayout, first_device: int = 0) -> None:
+        # No port is chosen here: the kernel gives one that is free, and takes it back with the store.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+        num_threads = max(1, torch.get_num_threads() // (layout.world_size * layout.data))
+        self._selector = selectors.DefaultSelector()
+        self.ranks: list[Rank] = []
+        # Whatever happens to this object, and at the latest when the interpreter ends.
+        self._finalizer = weakref.finalize(self, _kill, self.ranks)
+        for number in range(layout.world_size):
+            device = rank_config_device(od_config.torch_device, first_device + number)
+            rank = _started(number)
+            self.ranks.append(rank)
+            self._selector.register(rank.channel, selectors.EVENT_READ, rank)
+            setup = RankSetup(
+                od_config=replace(od_config, device=device),
+                rank=number,
+                layout=layout,
+                store_host="127.0.0.1",
+                store_port=self._store.port,
+                num_threads=num_threads,
+                registry_entry=registry_entry(od_config.model_class_name),
+            )
+            rank.channel.send(setup)
+
+    def broadcast(self, value: Any) -> None:
+        """Send ``value`` to every rank. Raises ``RankFailureError`` for one that does not take it."""
+        message = Message(value)
+        try:
+            for rank in self.ranks:
+                try:
+                    rank.channel.send_message(message)
+                except OSError:
+                    raise self.failure(rank, rank.why_gone() or f"took no command for {_SEND_TIMEOUT_S:g} s") from None
+        finally:
+            message.close()
+
+    def receive(self, timeout_s: float, hear: Callable[[Rank, Any], None]) -> None:
+        """Hear what ranks say within ``timeout_s``. Raises ``RankFailureError`` for one that is gone."""
+        for key, _ in self._selector.select(timeout_s):
+            rank: Rank = key.data
+            try:
+                value = rank.channel.receive()
+            except (EOFError, OSError):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    rank.process.wait(1.0)
+                raise self.failure(rank, rank.why_gone() or "closed its channel") from None
+            rank.beat_time = time.monotonic()
+            if isinstance(value, RankBeat):
+                rank.beat = value
+            else:
+                hear(rank, value)
+
+    def failure(self, rank: Rank, cause: str) -> RankFailureError:
+        """The error for ``rank``; for another one, if that has died: then what ``rank`` says only follows from it."""
+        for other in self.ranks:
+            gone = other.why_gone()
+            if gone is not None:
+                rank, cause = other, gone
+                break
+        return RankFailureError(f"rank {rank.number} of {len(self.ranks)} {cause}", rank=rank.number)
+
+    def close(self, *, gently: bool = True) -> None:
+        """End all processes. With ``gently``, they may finish what they do, for a few seconds."""
+        for rank in self.ranks:
+            self._selector.unregister(rank.channel)
+            rank.channel.close()
+        if gently:
+            deadline = time.monotonic() + _CLOSING_S
+            for rank in self.ranks:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    rank.process.wait(max(0.0, deadline - time.monotonic()))
+        self._finalizer()
+        self._selector.close()
+        del self._store
+
+
+def _started(number: int) -> Rank:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(_SEND_TIMEOUT_S)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vllm_omni.diffusion.worker.rank_process", str(theirs.fileno())],
+        pass_fds=(theirs.fileno(),),
+        stdin=subprocess.DEVNULL,
+        env=environment,
+    )
+    theirs.close()
+    return Rank(number=number, process=process, channel=Channel(ours))
+
+
+def _kill(ranks: list[Rank]) -> None:
+    for rank in ranks:
+        rank.process.kill()
+    for rank in ranks:
+        rank.process.wait()

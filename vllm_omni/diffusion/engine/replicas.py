@@ -1,0 +1,89 @@
+"""Data parallelism: replicas of a model behind one executor. A request stays with the replica that it began on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.layout import ParallelLayout
+from vllm_omni.diffusion.engine.mp_executor import MultiprocessExecutor
+from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
+from vllm_omni.diffusion.worker.messages import MemoryUse, WorkerCommand, WorkerResult
+
+
+class ReplicatedExecutor:
+    """``layout.data`` replicas, each on ranks of its own. What befalls one leaves the others alone."""
+
+    def __init__(
+        self, od_config: OmniDiffusionConfig, layout: ParallelLayout, on_load_progress: LoadProgress | None = None
+    ) -> None:
+        self._threads = ThreadPoolExecutor(layout.data, thread_name_prefix="replica")
+        self._place: dict[str, int] = {}  # of each request in progress
+        starts = [
+            self._threads.submit(
+                MultiprocessExecutor,
+                od_config,
+                layout,
+                on_load_progress if replica == 0 else None,
+                first_device=replica * layout.world_size,
+            )
+            for replica in range(layout.data)
+        ]
+        self.replicas = [start.result() for start in starts]
+
+    def execute(self, command: WorkerCommand) -> WorkerResult:
+        """Each replica carries out its part of the command, all at the same time."""
+        loads = [replica.num_in_flight for replica in self.replicas]
+        for request in command.prepare:
+            place = min(range(len(loads)), key=loads.__getitem__)
+            self._place[request.request_id] = place
+            loads[place] += 1
+        parts = [self._part(command, place) for place in range(len(self.replicas))]
+        running = [
+            self._threads.submit(replica.execute, part)
+            for replica, part in zip(self.replicas, parts, strict=True)
+            if not part.is_empty
+        ]
+        result = _merged([future.result() for future in running])
+        for request_id in (*command.release, *result.finished, *result.errors):
+            self._place.pop(request_id, None)
+        return result
+
+    def close(self) -> None:
+        for replica in self.replicas:
+            replica.close()
+        self._threads.shutdown()
+
+    def _part(self, command: WorkerCommand, place: int) -> WorkerCommand:
+        def here(request_ids: Sequence[str]) -> tuple[str, ...]:
+            return tuple(request_id for request_id in request_ids if self._place.get(request_id) == place)
+
+        return replace(
+            command,
+            release=here(command.release),
+            prepare=tuple(request for request in command.prepare if self._place[request.request_id] == place),
+            decode=here(command.decode),
+            step=here(command.step),
+        )
+
+
+def _merged(results: Sequence[WorkerResult]) -> WorkerResult:
+    merged = WorkerResult()
+    for result in results:
+        merged.finished |= result.finished
+        merged.errors |= result.errors
+        merged.previews |= result.previews
+        merged.attention_backends = result.attention_backends or merged.attention_backends
+        merged.accelerations = result.accelerations or merged.accelerations
+    # A round lasts as long as that of the slowest replica, and the fullest one limits what may begin.
+    merged.step_s = max((result.step_s for result in results if result.step_s is not None), default=None)
+    measured = [result.memory for result in results if result.memory is not None]
+    if measured:
+        merged.memory = MemoryUse(
+            peak_bytes=max(memory.peak_bytes for memory in measured),
+            state_bytes={key: value for memory in measured for key, value in memory.state_bytes.items()},
+            free_bytes=min(memory.free_bytes for memory in measured),
+        )
+    return merged
