@@ -1,0 +1,109 @@
+"""A model on paper of how a denoising step scales over GPUs: floating-point operations and bytes, no measurement.
+
+    python -m benchmarks.scaling
+
+Seconds of a forward are those of its products and of its attention at fixed rates, divided by the ranks that share
+them, plus what is sent at a fixed bandwidth. docs/features/parallel.md holds the table that this prints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GEMM_FLOPS = 600e12  # per second, bf16; an H100 within a compiled block
+ATTENTION_FLOPS = 500e12
+NVLINK_BYTES = 300e9  # per second, GPU and direction, of 450e9 on the data sheet
+NETWORK_BYTES = 40e9  # per second and GPU between nodes, of 50e9 (400 Gbit/s)
+LATENCY_S = 20e-6  # of one collective
+GPUS_PER_NODE = 8
+
+
+@dataclass(frozen=True)
+class Model:
+    """The part of a transformer that grows with its tokens."""
+
+    name: str
+    num_layers: int
+    width: int
+    num_image: int  # tokens
+    num_text: int
+    gemm_params: float  # that one image token meets
+
+    @property
+    def attention_flops(self) -> float:
+        return 4 * (self.num_image + self.num_text) ** 2 * self.width * self.num_layers
+
+    def gemm_flops(self, num_tokens: float) -> float:
+        return 2 * self.gemm_params * num_tokens
+
+
+QWEN = {"num_layers": 60, "width": 3072, "gemm_params": 60 * 12 * 3072**2}
+# 19 blocks of two streams, 38 of one; a token meets as many parameters in each.
+FLUX = {"num_layers": 57, "width": 3072, "gemm_params": 57 * 12 * 3072**2}
+MODELS = [
+    Model("Qwen-Image 1024", num_image=4096, num_text=128, **QWEN),  # type: ignore[arg-type]
+    Model("Qwen-Image 2048", num_image=16384, num_text=128, **QWEN),  # type: ignore[arg-type]
+    Model("FLUX.1 1024", num_image=4096, num_text=512, **FLUX),  # type: ignore[arg-type]
+    Model("FLUX.1 2048", num_image=16384, num_text=512, **FLUX),  # type: ignore[arg-type]
+]
+
+
+def bandwidth(num_ranks: int) -> float:
+    """The slowest link of a group of consecutive GPUs."""
+    return NVLINK_BYTES if num_ranks <= GPUS_PER_NODE else NETWORK_BYTES
+
+
+def one(model: Model) -> float:
+    tokens = model.num_image + model.num_text
+    return model.gemm_flops(tokens) / GEMM_FLOPS + model.attention_flops / ATTENTION_FLOPS
+
+
+def ulysses(model: Model, ranks: int) -> float:
+    """Text is on every rank; three tensors go out and one comes back in each layer."""
+    local = model.num_image / ranks
+    compute = model.gemm_flops(local + model.num_text) / GEMM_FLOPS + model.attention_flops / ranks / ATTENTION_FLOPS
+    sent = 4 * local * model.width * 2 * (ranks - 1) / ranks
+    return compute + model.num_layers * (sent / bandwidth(ranks) + 2 * LATENCY_S)
+
+
+def ring(model: Model, ranks: int) -> float:
+    """Keys and values travel while attention runs; what does not fit behind it shows."""
+    local = model.num_image / ranks
+    compute = model.gemm_flops(local + model.num_text) / GEMM_FLOPS
+    attention = model.attention_flops / ATTENTION_FLOPS * (local + model.num_text) / (model.num_image + model.num_text)
+    turn = 2 * local * model.width * 2 / bandwidth(ranks) + LATENCY_S
+    travel = model.num_layers * (ranks - 1) * turn
+    return compute + max(attention, travel) + model.num_layers * LATENCY_S
+
+
+def tensor(model: Model, ranks: int) -> float:
+    """Two sums over the ranks in each layer, of all tokens."""
+    summed = 2 * (model.num_image + model.num_text) * model.width * 2
+    sent = 2 * (ranks - 1) / ranks * summed
+    return one(model) / ranks + model.num_layers * (sent / bandwidth(ranks) + 2 * LATENCY_S)
+
+
+def guided(seconds: float) -> float:
+    """Two branches on two groups: one exchange of the predictions, which is small."""
+    return seconds + LATENCY_S
+
+
+def main() -> None:
+    print("| model, one forward | layout | " + " | ".join(f"{n} GPUs" for n in (2, 4, 8, 16)) + " |")
+    print("|---|---|---|---|---|---|")
+    for model in MODELS:
+        for name, layout in (("Ulysses", ulysses), ("ring", ring), ("tensor", tensor)):
+            speedups = [one(model) / layout(model, ranks) for ranks in (2, 4, 8, 16)]
+            cells = [f"{s:.2f} ({100 * s / n:.0f} %)" for s, n in zip(speedups, (2, 4, 8, 16), strict=True)]
+            print(f"| {model.name} | {name} | " + " | ".join(cells) + " |")
+        cells = []
+        for ranks in (2, 4, 8, 16):
+            rest = ranks // 2
+            seconds = guided(one(model) if rest == 1 else ulysses(model, rest))
+            speedup = 2 * one(model) / seconds
+            cells.append(f"{speedup:.2f} ({100 * speedup / ranks:.0f} %)")
+        print(f"| {model.name}, guided | CFG x Ulysses | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
