@@ -32,7 +32,7 @@ import torch
 from benchmarks.full_size_models import MODELS, FullSizeModel, Inputs
 from benchmarks.peer_attention import provide_flash_attention_3
 from benchmarks.profile import write_profile
-from benchmarks.report import median, write_json
+from benchmarks.report import environment, median, write_json
 from vllm_omni.platforms import get_platform
 
 PEER_BACKENDS = ("_native_cudnn", "_flash_3", "native")
@@ -207,14 +207,17 @@ def main() -> None:
     args = parse_args()
     if args.engine is not None:
         result = measure_ours(args) if args.engine == "vllm-omni" else measure_diffusers(args)
-        print(json.dumps(result))
+        print(json.dumps({"environment": environment(torch.device(args.device)), "modes": result}))
         return
     results: dict[str, Any] = {"model": args.model, "size": [args.width, args.height], "layers": args.layers}
     for engine in ("vllm-omni", "diffusers"):
         command = [sys.executable, "-m", "benchmarks.full_size", *sys.argv[1:], "--engine", engine]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        failed = {"error": f"exit status {done.returncode}"}
-        results[engine] = failed if done.returncode else json.loads(done.stdout.strip().splitlines()[-1])
+        if done.returncode:
+            results[engine] = {"error": f"exit status {done.returncode}"}
+            continue
+        measured_modes = json.loads(done.stdout.strip().splitlines()[-1])
+        results["environment"], results[engine] = measured_modes["environment"], measured_modes["modes"]
     peers = [figures["ms"] for figures in results["diffusers"].values() if "ms" in figures]
     if peers:
         for mode, figures in results["vllm-omni"].items():

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.full_size import exclusive, shared
 from benchmarks.full_size_models import CONFIGS
-from benchmarks.report import median, write_json
+from benchmarks.report import environment, median, write_json
 
 _CACHE = {
     "cache_backend": "cache_dit",
@@ -131,7 +131,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     args = parse_args()
     if args.case is not None:
-        print(json.dumps(measure(args)))
+        print(json.dumps({"environment": environment(), **measure(args)}))
         return
     results: dict[str, Any] = {"model": args.model, "side": args.side, "steps": args.steps or STEPS[args.model]}
     for case in args.cases:

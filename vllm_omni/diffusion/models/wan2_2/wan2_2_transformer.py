@@ -29,7 +29,12 @@ from vllm_omni.diffusion.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from vllm_omni.diffusion.layers.norm import ColumnParallelRMSNorm, gated_residual, layer_norm_modulate
+from vllm_omni.diffusion.layers.norm import (
+    ColumnParallelRMSNorm,
+    gated_residual,
+    gated_residual_norm_modulate,
+    layer_norm_modulate,
+)
 from vllm_omni.diffusion.layers.rope import QKNormRope, rope_angles
 from vllm_omni.diffusion.staged_forward import BlockSpan, RowInputs, SharedInputs, StagedForward, Streams
 from vllm_omni.errors import InvalidModelFolderError
@@ -218,9 +223,16 @@ class WanTransformerBlock(nn.Module):
             self.scale_shift_table, modulations
         )
         attended = self.attn1(modulate(hidden_states, attn_scale, attn_shift, self.eps), rope)
-        hidden_states = gate(hidden_states, attn_gate, attended)
-        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), text, image)
-        return gate(hidden_states, mlp_gate, self.ffn(modulate(hidden_states, mlp_scale, mlp_shift, self.eps)))
+        if isinstance(self.norm2, nn.LayerNorm):
+            weight, bias = (values.float().view(1, 1, 1, -1) for values in (self.norm2.weight, self.norm2.bias))
+            hidden_states, normed = gate_modulate(hidden_states, attn_gate, attended, weight - 1, bias, self.eps)
+        else:
+            hidden_states = normed = gate(hidden_states, attn_gate, attended)
+        update = self.attn2(normed, text, image)
+        hidden_states, modulated = gate_modulate(
+            hidden_states, torch.ones_like(mlp_gate[:1, :1]), update, mlp_scale, mlp_shift, self.eps
+        )
+        return gate(hidden_states, mlp_gate, self.ffn(modulated))
 
 
 def modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
@@ -233,6 +245,22 @@ def gate(residual: torch.Tensor, weight: torch.Tensor, update: torch.Tensor) -> 
     """``residual [B, S, E] + weight [B, G, 1, E] * update [B, S, E] -> [B, S, E]``, computed in float32."""
     groups = (weight.shape[1], -1)
     return gated_residual(residual.unflatten(1, groups), weight, update.unflatten(1, groups)).flatten(1, 2)
+
+
+def gate_modulate(
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    update: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`gate`, and :func:`modulate` of its result. Weight, or scale and shift, may be ``[1, 1, 1, E]`` for all."""
+    groups = (max(weight.shape[1], scale.shape[1]), -1)
+    summed, modulated = gated_residual_norm_modulate(
+        residual.unflatten(1, groups), weight, update.unflatten(1, groups), scale, shift, eps
+    )
+    return summed.flatten(1, 2), modulated.flatten(1, 2)
 
 
 def _modulations(table: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
