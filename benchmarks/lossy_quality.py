@@ -3,7 +3,7 @@
     python -m benchmarks.lossy_quality --json benchmarks/results/lossy_quality.json
 
 Captions, seeds and judge are those of ``shapes_accuracy.py``: held-out combinations of one to three objects. FP8 needs
-a GPU that has it; without one its rows are left out.
+a GPU that has it; without one its rows are left out, or emulated with ``--emulate-fp8``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tools.shapes.judge import judge
 from vllm_omni import Omni, OmniDiffusionSamplingParams
 from vllm_omni.benchmarks.similarity import psnr
 from vllm_omni.entrypoints.omni import SHIPPED_MODEL
-from vllm_omni.platforms import default_device, get_platform
+from vllm_omni.platforms import CpuPlatform, default_device, get_platform
 
 
 def _tea(threshold: float) -> dict[str, Any]:
@@ -53,6 +53,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--num-prompts", type=int, default=100, help="per number of objects")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--emulate-fp8", action="store_true", help="compute FP8 on a CPU as well, slowly")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -60,6 +61,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     captions = [text for _, text in make_prompts(args.num_prompts, 0)]
+    if args.emulate_fp8:
+        CpuPlatform.why_no_fp8 = lambda platform: None  # type: ignore[method-assign]
     has_fp8 = get_platform(default_device()).why_no_fp8() is None
     modes = [mode for mode in args.modes if has_fp8 or "quantization" not in MODES[mode]]
     if modes[0] != "exact":

@@ -15,6 +15,7 @@ from vllm_omni import Omni, OmniDiffusionSamplingParams
 from vllm_omni.diffusion import cuda_graph
 from vllm_omni.diffusion.cuda_graph import GraphedBlocks, apply_cuda_graphs
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.layers import kernels, linear_method
 from vllm_omni.diffusion.model_loader.components import default_dtype, fill_with_random_weights
 from vllm_omni.diffusion.quantization import quantized_linears
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
@@ -98,6 +99,20 @@ def test_a_capture_that_fails_is_said_and_changes_nothing(toy, monkeypatch):
 def test_there_are_no_graphs_without_a_gpu_or_compilation(enforce_eager, device):
     config = SimpleNamespace(enforce_eager=enforce_eager, torch_device=torch.device(device))
     assert apply_cuda_graphs(Toy(), config) is None
+
+
+@pytest.mark.gpu
+def test_pictures_of_kernels_are_those_of_their_twins(tmp_path, monkeypatch):
+    folder = str(tiny_flux.flux(tmp_path / "flux"))
+    params = OmniDiffusionSamplingParams(height=64, width=64, num_inference_steps=4, seed=3, output_type="np")
+    with Omni(folder) as omni:
+        ours = omni.generate("a red circle", params)[0]
+    monkeypatch.setattr(kernels, "HAS_TRITON", False)
+    monkeypatch.setattr(linear_method, "on_gpu", lambda x: False)
+    with Omni(folder) as omni:
+        twins = omni.generate("a red circle", params)[0]
+    error = np.square(ours.images[0] - twins.images[0]).mean()
+    assert 0 < error < 1e-3, "of pixels in [0, 1]: more than 30 dB"
 
 
 @pytest.mark.gpu
