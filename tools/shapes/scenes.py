@@ -46,15 +46,16 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (25, 25, 25),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
+GRID = 8  # middles and sides are multiples of this [px]: the fewer pictures of the same words, the sooner learnt
 # Lowest and highest side of the bounding box [px] per size word ("" is the unsaid middle size).
-SIZES: dict[str, tuple[int, int]] = {"small": (36, 46), "": (58, 70), "large": (86, 104)}
+SIZES: dict[str, tuple[int, int]] = {"small": (40, 40), "": (64, 64), "large": (88, 104)}
 RELATIONS = ("left of", "right of", "above", "below")
 # Middle point (x, y) of a named position; the drawn one lies within POSITION_JITTER of it.
 POSITIONS: dict[str, tuple[int, int]] = {
-    "on the left": (66, 128),
-    "on the right": (190, 128),
-    "at the top": (128, 66),
-    "at the bottom": (128, 190),
+    "on the left": (64, 128),
+    "on the right": (192, 128),
+    "at the top": (128, 64),
+    "at the bottom": (128, 192),
     "in the center": (128, 128),
 }
 POSITION_JITTER = 8
@@ -209,14 +210,18 @@ def _sample_words(rng: random.Random, count: int, background: tuple[str, ...]) -
     return [Thing(c, s, rng.choices(("", "small", "large"), (0.5, 0.25, 0.25))[0]) for c, s in words]
 
 
+def _draw_on_grid(rng: random.Random, low: int, high: int) -> int:
+    """A multiple of GRID between `low` and `high`."""
+    return GRID * rng.randint(-(-low // GRID), high // GRID)
+
+
 def _place(rng: random.Random, thing: Thing, position: str) -> Thing:
-    side = 2 * rng.randint(SIZES[thing.size][0] // 2, SIZES[thing.size][1] // 2)
-    low, high = BORDER + side // 2, PICTURE_SIZE - BORDER - side // 2
-    if position:
-        x, y = (v + rng.randint(-POSITION_JITTER, POSITION_JITTER) for v in POSITIONS[position])
-    else:
-        x, y = rng.randint(low, high), rng.randint(low, high)
-    x, y = min(max(x, low), high), min(max(y, low), high)
+    side = _draw_on_grid(rng, *SIZES[thing.size])
+    near, far = BORDER + side // 2, PICTURE_SIZE - BORDER - side // 2
+    jitter = POSITION_JITTER if position else PICTURE_SIZE
+    x, y = (
+        _draw_on_grid(rng, max(near, v - jitter), min(far, v + jitter)) for v in POSITIONS[position or "in the center"]
+    )
     return Thing(thing.colour, thing.shape, thing.size, x, y, side)
 
 

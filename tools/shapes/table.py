@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import Qwen2Tokenizer
 
 from tools.shapes import scenes
-from tools.shapes.tokenizer import PREFIX, PREFIX_TOKENS, SUFFIX, build_tokenizer
+from tools.shapes.tokenizer import SUFFIX, build_tokenizer
 
 CHUNK = 1000  # scenes of one task; a seed gives the same table whatever the number of processes
 CAPTION_TOKENS = 32  # the longest caption has 29; attention is fastest on multiples of eight
 _COLOURS = tuple(scenes.COLOURS)
-_SIDES = range(scenes.SIZES["small"][0], scenes.SIZES["large"][1] + 1, 2)
+NUM_LABELS = len(_COLOURS) + len(scenes.SHAPES)
+_SIDES = range(scenes.SIZES["small"][0] - 4, scenes.SIZES["large"][1] + 5, 2)  # some more than scenes have
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,30 @@ def _sample_chunk(task: tuple[int, str, int]) -> tuple[np.ndarray, ...]:
     backgrounds, things = tabulate(drawn)
     ids = np.zeros((count, num_captions, CAPTION_TOKENS), np.int16)
     lengths = np.zeros((count, num_captions), np.int16)
-    if num_captions:
-        texts = [PREFIX + scenes.caption(s, rng) + SUFFIX for s in drawn for _ in range(num_captions)]
-        for i, row in enumerate(build_tokenizer()(texts).input_ids):
-            tail = row[PREFIX_TOKENS:]
-            ids[i // num_captions, i % num_captions, : len(tail)] = tail
-            lengths[i // num_captions, i % num_captions] = len(tail)
+    for scene, row, row_lengths in zip(drawn, ids, lengths, strict=True):
+        for k in range(num_captions):
+            tail = caption_ids(scenes.caption(scene, rng))
+            row[k, : len(tail)], row_lengths[k] = tail, len(tail)
     return backgrounds, things, ids, lengths
+
+
+@cache
+def _tokenizer() -> Qwen2Tokenizer:
+    return build_tokenizer()
+
+
+@cache
+def _piece_ids(piece: str) -> list[int]:
+    return _tokenizer()(piece).input_ids
+
+
+def caption_ids(text: str) -> list[int]:
+    """Token ids that the tokenizer gives to a caption behind the prefix, the suffix included.
+
+    Merges never cross the bounds of words, so each word is looked up alone: ten times as fast.
+    """
+    words = [token for word in re.findall(r" ?[a-z]+|,", text) for token in _piece_ids(word)]
+    return words + _piece_ids(SUFFIX)
 
 
 def tabulate(drawn: list[scenes.Scene]) -> tuple[np.ndarray, np.ndarray]:
@@ -113,3 +134,18 @@ def draw(backgrounds: Tensor, things: Tensor, corners: Tensor | None = None, siz
         cover = (cover * (inside_y[:, :, None] & inside_x[:, None, :]))[..., None]
         canvas += cover * (palette[colour][:, :, None] - canvas)
     return ((canvas + 0.5).floor_() / 127.5 - 1).permute(0, 3, 1, 2)
+
+
+def layout(things: Tensor, cells: int) -> Tensor:
+    """What stands where, [B, 13, cells, cells]: the share of each cell within a box of each colour and shape.
+
+    `things` [B, 3, 5] as in a table. A label of the whole box tells a corner cell which shape it belongs to.
+    """
+    side = scenes.PICTURE_SIZE / cells
+    start = torch.arange(cells, device=things.device) * side
+    across, down = (
+        (torch.minimum(low + things[:, :, 4:], start + side) - torch.maximum(low, start)).clamp(min=0) / side
+        for low in (things[:, :, 2:3], things[:, :, 3:4])
+    )
+    colours, shapes = (F.one_hot(things[:, :, i].long(), n) for i, n in enumerate((len(_COLOURS), len(scenes.SHAPES))))
+    return torch.einsum("bnk,bny,bnx->bkyx", torch.cat((colours, shapes), -1).float(), down, across)

@@ -1,7 +1,7 @@
 """Train the text encoder and the transformer together, by rectified flow on cached latents.
 
-    python -m tools.shapes.train cache --vae vae --out latents.pt --scenes 60000
-    python -m tools.shapes.train fit --latents latents.pt --out run --minutes 85
+    python -m tools.shapes.train cache --vae vae --out latents.pt --scenes 400000
+    python -m tools.shapes.train fit --latents latents.pt --out run --minutes 5
 
 `fit` writes `checkpoint.pt` every few minutes: the averaged weights that `export.py` turns into a
 pipeline folder. Learning rates follow the wall clock, so a run always
@@ -16,18 +16,20 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
 from torch import Tensor, nn
 
 from tools.shapes import models, vae_train
+from tools.shapes.capture import captured
 from tools.shapes.muon import Muon
-from tools.shapes.table import CAPTION_TOKENS, draw, sample_table
+from tools.shapes.table import CAPTION_TOKENS, NUM_LABELS, draw, layout, sample_table
 from tools.shapes.tokenizer import PREFIX, PREFIX_TOKENS, SUFFIX, build_tokenizer
 
 DROPOUT = 0.1  # share of captions replaced by " ", the usual negative prompt
 NUM_CAPTIONS = 4  # captions kept of each scene
 EMA_DECAY = 0.999
-SIGMA_SHIFT = 2.0
+SIGMA_SHIFT = 3.0
 
 
 # ---------------------------------------------------------------- data
@@ -35,7 +37,7 @@ SIGMA_SHIFT = 2.0
 
 @torch.no_grad()
 def cache(args: argparse.Namespace) -> None:
-    """Draw scenes and store their normalised latents, float16 [N, 16, 16, 16], with captions of each."""
+    """Draw scenes and store their normalised latents, float16 [N, 16, 16, 16], with `things` and captions of each."""
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
     vae = AutoencoderKLQwenImage.from_pretrained(args.vae).to(device)
@@ -53,15 +55,17 @@ def cache(args: argparse.Namespace) -> None:
         if time.time() - start > 10 * shown:
             print(f"{i} of {len(table)}, {time.time() - start:.0f} s", flush=True)
             shown += 1
-    torch.save({"latents": latents, "ids": table.caption_ids, "lengths": table.caption_lengths}, args.out)
+    captions = {"ids": table.caption_ids, "lengths": table.caption_lengths}
+    torch.save({"latents": latents, "things": table.things, **captions}, args.out)
 
 
 class Batches:
-    """Endless random batches of (latents, padded caption ids, caption lengths), all held on the device."""
+    """Endless random batches of (latents, padded caption ids, caption lengths, things), all held on the device."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         stored = torch.load(path, map_location=device)
         self.latents, self.ids, self.lengths = stored["latents"], stored["ids"], stored["lengths"]
+        self.things = stored["things"]
         self.device = device
         self.tokenizer = build_tokenizer()
         self.prefix = torch.tensor(self.tokenizer(PREFIX).input_ids, device=device)
@@ -70,15 +74,15 @@ class Batches:
         self.empty[: len(empty)] = torch.tensor(empty)
         self.empty_length = len(empty)
 
-    def next(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents float32 [B, 16, 16, 16], ids [B, L], lengths [B]; some captions are the empty one."""
+    def next(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Latents float32 [B, 16, 16, 16], ids [B, L], lengths [B], things [B, 3, 5]; some captions are empty."""
         device = self.device
         chosen = torch.randint(len(self.latents), (size,), device=device)
         said = torch.randint(self.ids.shape[1], (size,), device=device)
         dropped = torch.rand(size, device=device) < DROPOUT
         ids = torch.where(dropped[:, None], self.empty, self.ids[chosen, said])
         lengths = self.lengths[chosen, said].masked_fill(dropped, self.empty_length)
-        return self.latents[chosen].float(), ids.long(), lengths.long()
+        return self.latents[chosen].float(), ids.long(), lengths.long(), self.things[chosen]
 
 
 # ---------------------------------------------------------------- training
@@ -104,7 +108,10 @@ class Trainer:
         ).to(self.device)
         self.model["text_encoder"].model.visual.requires_grad_(False)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        transformer = self.model["transformer"]
+        self.layout_head = nn.Linear(transformer.inner_dim, NUM_LABELS).to(self.device)
+        self.layout_block = transformer.transformer_blocks[2 * args.layers // 3]
+        self.trained = [p for p in [*self.model.parameters(), *self.layout_head.parameters()] if p.requires_grad]
         self.rates = [torch.zeros((), device=self.device) for _ in range(2)]
         self.optimizers = self._optimizers()
         self.block = torch.compile(models.block_forward, dynamic=False) if args.compile else models.block_forward
@@ -115,7 +122,7 @@ class Trainer:
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon for matrices within blocks and layers, AdamW for all else. Rates are tensors: a replay reads them."""
-        inner, rest = [], []
+        inner, rest = [], list(self.layout_head.parameters())
         for name, p in self.model.named_parameters():
             if p.requires_grad:
                 matrix = p.ndim == 2 and (".layers." in name or "blocks." in name) and "_mod." not in name
@@ -128,8 +135,12 @@ class Trainer:
             ),
         ]
 
-    def loss(self, latents: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Mean squared error of the velocity on one batch."""
+    def loss(self, latents: Tensor, ids: Tensor, lengths: Tensor, things: Tensor) -> Tensor:
+        """Mean squared error of the velocity on one batch, and how well a layer on the way tells what stands where.
+
+        The second is cheap supervision in the manner of REPA (Yu et al., 2024), with labels in place of features:
+        the squared error alone hardly minds which shape a small thing has.
+        """
         clean = models.pack(latents)
         noise = torch.randn_like(clean)
         sigma = sample_sigma(len(clean), self.device)
@@ -140,37 +151,30 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16):
             text = self.encode(self.model["text_encoder"], self.batches.prefix, ids, *self.text_tables)
             out = models.predict(
-                self.model["transformer"], noisy, text, mask, sigma, *self.image_tables, block_fn=self.block
+                self.model["transformer"], noisy, text, mask, sigma, *self.image_tables, block_fn=self._tapped_block
             )
-        return (out.float() - (noise - clean)).square().mean()
+            seen = self.layout_head(F.layer_norm(self.tapped, self.tapped.shape[-1:]))
+        labels = layout(things, models.TOKEN_SIDE).flatten(2).mT
+        velocity_loss = (out.float() - (noise - clean)).square().mean()
+        self.velocity_loss = velocity_loss.detach()
+        return velocity_loss + self.args.layout_weight * F.binary_cross_entropy_with_logits(seen.float(), labels)
+
+    def _tapped_block(self, block: nn.Module, *inputs: Tensor | bool) -> tuple[Tensor, Tensor]:
+        """A block; of the one that the layout is read from, the image tokens are kept."""
+        image, text = self.block(block, *inputs)
+        if block is self.layout_block:
+            self.tapped = image
+        return image, text
 
     def update(self) -> Tensor:
-        """One step of the optimizers on a whole batch. Returns the loss."""
+        """One step of the optimizers on a whole batch. Returns the loss of the velocity."""
         loss = self.loss(*self.batches.next(self.args.batch_size))
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    def capture(self) -> None:
-        """Record `update` as a CUDA graph: launching its small kernels one by one takes longer than they run."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.update()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            loss = self.update()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return loss.clone()
-
-        self.update = replay
+        return self.velocity_loss
 
     def train_step(self, progress: float) -> Tensor:
         """Set the rates for `progress`, the share of the time used, 0..1, and step. Returns the loss."""
@@ -218,7 +222,7 @@ def fit(args: argparse.Namespace) -> None:
     if args.start:
         trainer.start_from(args.start)
     if trainer.device.type == "cuda" and args.capture:
-        trainer.capture()
+        trainer.update = captured(trainer.update)
     start = saved = shown = time.time()
     losses: list[Tensor] = []
     while (progress := (time.time() - start) / (60 * args.minutes)) < 1:
@@ -248,11 +252,12 @@ def main() -> None:
         sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         sub.add_argument("--no-compile", dest="compile", action="store_false")
     caching.add_argument("--vae", type=Path, required=True)
-    caching.add_argument("--scenes", type=int, default=60000)
-    caching.add_argument("--batch-size", type=int, default=32)
+    caching.add_argument("--scenes", type=int, default=400000)
+    caching.add_argument("--batch-size", type=int, default=256)
     fitting.add_argument("--latents", type=Path, required=True)
-    fitting.add_argument("--minutes", type=float, default=85)
-    fitting.add_argument("--batch-size", type=int, default=128)
+    fitting.add_argument("--minutes", type=float, default=5)
+    fitting.add_argument("--batch-size", type=int, default=512)
+    fitting.add_argument("--layout-weight", type=float, default=0.3, help="of the loss of colours and shapes per token")
     fitting.add_argument("--lr", type=float, default=1.5e-3, help="AdamW: embeddings, norms, biases, modulation")
     fitting.add_argument("--lr-muon", type=float, default=2e-3, help="Muon: matrices within the blocks")
     fitting.add_argument("--decay-from", type=float, default=0.3, help="share of the time at full learning rate")

@@ -1,6 +1,6 @@
 """Train the picture autoencoder: `AutoencoderKLQwenImage`, 256 x 256 pixels to a 16 x 16 x 16 latent.
 
-    python -m tools.shapes.vae_train --out vae --minutes 22
+    python -m tools.shapes.vae_train --out vae --minutes 2.5
 
 The class is a video model. For one frame its causal convolutions see zeros in the past, so only the
 last time slice of each kernel counts. Training uses that slice alone as a 2-D convolution, and the
@@ -25,9 +25,10 @@ from diffusers import AutoencoderKLQwenImage
 from torch import Tensor
 
 from tools.shapes import scenes
+from tools.shapes.capture import captured
 from tools.shapes.judge import judge
 from tools.shapes.muon import Muon
-from tools.shapes.table import SceneTable, draw, sample_table, tabulate
+from tools.shapes.table import CHUNK, NUM_LABELS, SceneTable, draw, layout, sample_table, tabulate
 
 CONFIG = {
     "base_dim": 8,
@@ -36,7 +37,7 @@ CONFIG = {
     "num_res_blocks": 1,
     "temperal_downsample": [False] * 4,
 }
-CROP = 128  # side [px] of the crops of the first training phase
+LABEL_WEIGHT = 0.05
 EMA_DECAY = 0.997
 
 
@@ -83,111 +84,124 @@ def decode(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
 
 
 class Autoencoder(torch.nn.Module):
-    """Encoder, latent noise, decoder. Noise makes the decoder forgive small errors of the transformer."""
+    """Encoder, latent noise, decoder, and a head that reads from each latent pixel what stands there.
+
+    Noise makes the decoder forgive small errors of the transformer. The head, dropped after training, makes colours
+    and shapes plain to see in the latents: the transformer learns to place them the sooner.
+    """
 
     def __init__(self, vae: torch.nn.Module) -> None:
         super().__init__()
         self.vae = vae
+        self.head = torch.nn.Sequential(
+            torch.nn.Conv2d(CONFIG["z_dim"], 64, 1), torch.nn.SiLU(), torch.nn.Conv2d(64, NUM_LABELS, 1)
+        )
 
-    def forward(self, pictures: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`noise` [B, 16, h, w] comes scaled in standard deviations. Returns picture and latent."""
+    def forward(self, pictures: Tensor, noise: Tensor, labels: Tensor) -> Tensor:
+        """The loss. `noise` [B, 16, h, w] comes scaled in standard deviations; `labels` [B, 13, h, w] in 0..1."""
         latents = encode(self.vae, pictures).float()
-        std = latents.detach().std((0, 2, 3), keepdim=True)
-        return decode(self.vae, latents + noise * std).float(), latents
+        noisy = latents + noise * latents.detach().std((0, 2, 3), keepdim=True)
+        seen = self.head(noisy / 10).float()
+        loss = loss_of(decode(self.vae, noisy).float(), pictures, latents)
+        return loss + LABEL_WEIGHT * F.binary_cross_entropy_with_logits(seen, labels)
 
 
 def loss_of(out: torch.Tensor, target: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """L1 and L2, four times as heavy along edges, and a slight pull of the latents to zero."""
+    """L1 and L2, six times as heavy along edges, and a slight pull of the latents to zero."""
     high, low = F.max_pool2d(target, 5, 1, 2), -F.max_pool2d(-target, 5, 1, 2)
-    weight = 1 + 3 * (high - low).amax(1, keepdim=True).clamp(max=1)
+    weight = 1 + 5 * (high - low).amax(1, keepdim=True).clamp(max=1)
     error = (out - target).abs()
     return (weight * (error + error.square())).mean() + 1e-5 * latents.square().mean()
 
 
 class Pictures:
-    """Endless batches of drawn scenes, whole or as crops that mostly show some object."""
+    """Endless batches of drawn scenes, moved and resized a little off their grid."""
 
     def __init__(self, table: SceneTable) -> None:
         self.table = table
         # Smooth backgrounds are the hard part, so gradients come more often than their share.
-        gradient = table.backgrounds[:, 0] != table.backgrounds[:, 1]
-        self.weights = torch.where(gradient, 3.0, 1.0)
-        self.num_things = (table.things[:, :, 4] > 0).sum(1)
+        (gradient,) = torch.where(table.backgrounds[:, 0] != table.backgrounds[:, 1])
+        self.rows = torch.cat((torch.arange(len(table), device=gradient.device), gradient, gradient))
 
-    def next(self, size: int, crop: bool) -> Tensor:
-        """[size, 3, H, W] in -1..1, channels last in memory."""
-        chosen = torch.multinomial(self.weights, size, replacement=True)
-        rows = self.table.backgrounds[chosen], self.table.things[chosen]
-        if not crop:
-            return draw(*rows).contiguous(memory_format=torch.channels_last)
-        device = chosen.device
-        pick = (torch.rand(size, device=device) * self.num_things[chosen]).long()
-        thing = rows[1][torch.arange(size, device=device), pick].float()
-        spread = torch.where(torch.rand(size, 1, device=device) < 0.85, 60.0, 300.0)
-        offset = (2 * torch.rand(size, 2, device=device) - 1) * spread
-        corners = thing[:, 2:4] + thing[:, 4:] / 2 - CROP / 2 + offset
-        corners = corners.clamp(0, scenes.PICTURE_SIZE - CROP).long()
-        return draw(*rows, corners, CROP).contiguous(memory_format=torch.channels_last)
+    def next(self, size: int) -> tuple[Tensor, Tensor]:
+        """Pictures [size, 3, 256, 256] in -1..1, channels last in memory, and their rows of `things`."""
+        device = self.rows.device
+        chosen = self.rows[torch.randint(len(self.rows), (size,), device=device)]
+        things = self.table.things[chosen].int()
+        things[:, :, 2:4] += torch.randint(-3, 4, (size, 1, 2), device=device, dtype=torch.int32)
+        grown = 2 * torch.randint(-2, 3, (size, 3), device=device, dtype=torch.int32)
+        things[:, :, 4] += torch.where(things[:, :, 4] > 0, grown, 0)
+        return draw(self.table.backgrounds[chosen], things).contiguous(memory_format=torch.channels_last), things
 
 
 def train(args: argparse.Namespace, device: torch.device) -> AutoencoderKLQwenImage:
-    """Crops first, whole pictures for the rest; the learning rate falls with the wall clock."""
+    """The averaged autoencoder after `args.minutes`, in which the learning rate falls to zero."""
     torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
     use_one_frame_forms()
     model = Autoencoder(AutoencoderKLQwenImage(**CONFIG)).to(device)
-    average = copy.deepcopy(model.vae).requires_grad_(False)
     stream = Pictures(sample_table(args.scenes, args.seed).to(device))
     if args.start:
         model.vae.load_state_dict(AutoencoderKLQwenImage.from_pretrained(args.start).state_dict())
-        average.load_state_dict(model.vae.state_dict())
+    average = copy.deepcopy(model.vae).requires_grad_(False)
     # Latents already cached stay true only while the encoder stays as it is.
     trained = [p for name, p in model.named_parameters() if not args.decoder_only or "decoder" in name]
     # Norm weights are [C, 1, 1] or [C, 1, 1, 1].
     kernels = [p for p in trained if p.ndim > 3 and p.shape[1] > 1]
     rest = [p for p in trained if p.ndim <= 3 or p.shape[1] == 1]
+    peaks = (args.lr_muon, args.lr)
+    rates = [torch.zeros((), device=device) for _ in peaks]  # tensors: a replay reads them
     optimizers = [
-        Muon(kernels, lr=args.lr_muon, match_adam=False),
-        torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.97), weight_decay=0),
+        Muon(kernels, lr=rates[0], match_adam=False),
+        torch.optim.AdamW(
+            rest, lr=rates[1], betas=(0.9, 0.97), weight_decay=0, fused=True, capturable=device.type == "cuda"
+        ),
     ]
-    step_of = torch.compile(model, dynamic=False) if args.compile else model
-    start, step, seen, recent = time.time(), 0, 0, []
-    while (progress := (time.time() - start) / (60 * args.minutes)) < 1:
-        crop = progress < args.crop_share
-        size = args.batch_size
-        rate = min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * progress))
-        for optimizer, peak in zip(optimizers, (args.lr_muon, args.lr), strict=True):
-            optimizer.param_groups[0]["lr"] = peak * rate
-        pictures = stream.next(size, crop)
+    loss_of_batch = torch.compile(model, dynamic=False) if args.compile else model
+
+    def update() -> Tensor:
+        pictures, things = stream.next(args.batch_size)
         side = pictures.shape[-1] // 16
-        noise = torch.randn(size, CONFIG["z_dim"], side, side, device=device)
-        noise *= args.noise * torch.rand(size, 1, 1, 1, device=device)
+        noise = torch.randn(args.batch_size, CONFIG["z_dim"], side, side, device=device)
+        noise *= args.noise * torch.rand(args.batch_size, 1, 1, 1, device=device)
         with torch.autocast(device.type, torch.bfloat16):
-            out, latents = step_of(pictures, noise)
-        loss = loss_of(out, pictures, latents)
+            loss = loss_of_batch(pictures, noise, layout(things, side))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad(set_to_none=True)
-        recent.append(loss.detach())
+        return loss.detach()
+
+    if device.type == "cuda" and args.capture:
+        update = captured(update)
+    start = saved = time.time()
+    step, recent = 0, []
+    while (progress := (time.time() - start) / (60 * args.minutes)) < 1:
+        share = min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * progress))
+        for rate, peak in zip(rates, peaks, strict=True):
+            rate.fill_(peak * share)
+        recent.append(update())
         decay = min(EMA_DECAY, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.parameters()), list(model.vae.parameters()), 1 - decay)
-        step, seen = step + 1, seen + size
+        step += 1
         if step % 100 == 0:
-            mean = float(torch.stack(recent).mean())
-            print(f"step {step} seen {seen} t {time.time() - start:.0f}s loss {mean:.4f} rate {rate:.3f}", flush=True)
+            mean, seconds = float(torch.stack(recent).mean()), time.time() - start
+            print(f"step {step} seen {step * args.batch_size} t {seconds:.0f}s loss {mean:.4f}", flush=True)
             recent = []
-        if step % 500 == 0:
+        if time.time() - saved > 60:
             save(average, args.out, device)
+            saved = time.time()
     return average
 
 
 @torch.no_grad()
 def save(vae: AutoencoderKLQwenImage, out: Path, device: torch.device) -> None:
     """Measure the latents of fresh training scenes, put mean and deviation in the config, and write."""
-    stream = Pictures(sample_table(256, 12345).to(device))
+    stream = Pictures(sample_table(CHUNK, 12345).to(device))
     with torch.autocast(device.type, torch.bfloat16):
-        latents = torch.cat([encode(vae, stream.next(32, crop=False)).float() for _ in range(8)])
+        latents = torch.cat([encode(vae, stream.next(32)[0]).float() for _ in range(16)])
     saved = copy.deepcopy(vae)
     clear_unused_slices(saved)
     saved.register_to_config(
@@ -198,14 +212,21 @@ def save(vae: AutoencoderKLQwenImage, out: Path, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def measure(vae: AutoencoderKLQwenImage, device: torch.device, count: int = 300, seed: int = 99) -> dict[str, float]:
-    """Mean quality [dB] of reconstructions of new scenes, and the share of them the judge reads right."""
+def measure(
+    vae: AutoencoderKLQwenImage, device: torch.device, count: int = 1000, seed: int = 99, noise: float = 0.0
+) -> dict[str, float]:
+    """Mean quality [dB] of reconstructions of new scenes, and the share of them the judge reads right.
+
+    `noise`, in standard deviations, is added to the latents.
+    """
     rng, decibels, right = random.Random(seed), [], 0
     drawn = [scenes.sample_scene(rng) for _ in range(count)]
     backgrounds, things = (torch.from_numpy(column).to(device) for column in tabulate(drawn))
     for i in range(0, count, 16):
         pictures = draw(backgrounds[i : i + 16], things[i : i + 16])
-        out = decode(vae, encode(vae, pictures)).clamp(-1, 1)
+        latents = encode(vae, pictures)
+        latents = latents + noise * latents.std((0, 2, 3), keepdim=True) * torch.randn_like(latents)
+        out = decode(vae, latents).clamp(-1, 1)
         decibels += (-10 * torch.log10((out - pictures).square().mean((1, 2, 3)) / 4)).tolist()
         shown = ((out + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         right += sum(judge(p, scenes.caption(s, rng)).right for p, s in zip(shown, drawn[i : i + 16], strict=True))
@@ -215,10 +236,9 @@ def measure(vae: AutoencoderKLQwenImage, device: torch.device, count: int = 300,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=22)
-    parser.add_argument("--batch-size", type=int, default=8, help="crops or whole pictures per step")
-    parser.add_argument("--crop-share", type=float, default=0.6, help="share of the time spent on crops")
-    parser.add_argument("--scenes", type=int, default=20000, help="scenes sampled once and drawn again and again")
+    parser.add_argument("--minutes", type=float, default=2.5)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--scenes", type=int, default=100000, help="scenes sampled once and drawn again and again")
     parser.add_argument("--lr", type=float, default=2e-3, help="AdamW: norms and biases")
     parser.add_argument("--lr-muon", type=float, default=0.02, help="Muon: kernels")
     parser.add_argument("--noise", type=float, default=0.25, help="highest latent noise, in standard deviations")
@@ -227,12 +247,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--no-capture", dest="capture", action="store_false", help="no CUDA graph of the step")
     args = parser.parse_args()
     device = torch.device(args.device)
     started = time.time()
     vae = train(args, device)
     save(vae, args.out, device)
-    report = {"minutes": round((time.time() - started) / 60, 2), **measure(vae, device)}
+    noisy = {f"noisy_{key}": value for key, value in measure(vae, device, noise=0.2).items()}
+    report = {"minutes": round((time.time() - started) / 60, 2), **measure(vae, device), **noisy}
     (args.out / "training.json").write_text(json.dumps(report))
     print(report)
 
