@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 
@@ -25,6 +25,9 @@ from benchmarks.report import write_json
 from tools.shapes import scenes
 from tools.shapes.judge import judge
 from vllm_omni.entrypoints.omni import SHIPPED_MODEL
+
+if TYPE_CHECKING:
+    from diffusers import QwenImagePipeline
 
 COUNTS = (1, 2, 3)
 SIDE = scenes.PICTURE_SIZE
@@ -67,6 +70,12 @@ def draw_with_diffusers(args: argparse.Namespace, prompts: list[str]) -> list[Im
 
     pipe = QwenImagePipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    return draw_with_pipeline(pipe, args, prompts)
+
+
+def draw_with_pipeline(pipe: QwenImagePipeline, args: argparse.Namespace, prompts: list[str]) -> list[Image.Image]:
+    import torch
+
     pipe.set_progress_bar_config(disable=True)
     pictures = []
     for start in range(0, len(prompts), args.batch_size):

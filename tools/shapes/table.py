@@ -14,7 +14,6 @@ from multiprocessing import get_context
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen2Tokenizer
 
@@ -147,5 +146,6 @@ def layout(things: Tensor, cells: int) -> Tensor:
         (torch.minimum(low + things[:, :, 4:], start + side) - torch.maximum(low, start)).clamp(min=0) / side
         for low in (things[:, :, 2:3], things[:, :, 3:4])
     )
-    colours, shapes = (F.one_hot(things[:, :, i].long(), n) for i, n in enumerate((len(_COLOURS), len(scenes.SHAPES))))
-    return torch.einsum("bnk,bny,bnx->bkyx", torch.cat((colours, shapes), -1).float(), down, across)
+    labels = torch.arange(NUM_LABELS, device=things.device)
+    labels = (labels == things[:, :, :1]) | (labels == things[:, :, 1:2] + len(_COLOURS))
+    return torch.einsum("bnk,bny,bnx->bkyx", labels.float(), down, across)
