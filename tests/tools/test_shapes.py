@@ -209,3 +209,28 @@ def test_a_table_does_not_depend_on_the_number_of_processes():
     assert torch.equal(alone.things, shared.things)
     assert torch.equal(alone.caption_ids, shared.caption_ids)
     assert int(alone.caption_lengths.max()) <= table.CAPTION_TOKENS
+
+
+def test_captions_become_the_ids_of_the_tokenizer():
+    pytest.importorskip("transformers")
+    from tools.shapes import table
+    from tools.shapes.tokenizer import PREFIX, PREFIX_TOKENS, SUFFIX, build_tokenizer
+
+    rng, tokenizer = random.Random(6), build_tokenizer()
+    for _ in range(100):
+        text = scenes.caption(scenes.sample_scene(rng), rng)
+        assert table.caption_ids(text) == tokenizer(PREFIX + text + SUFFIX).input_ids[PREFIX_TOKENS:]
+
+
+def test_a_layout_says_which_share_of_a_cell_lies_in_a_box():
+    torch = pytest.importorskip("torch")
+    from tools.shapes import table
+
+    star = Scene((Thing("red", "star", "", 128, 48, 64),), ("white",))
+    (labels,) = table.layout(torch.from_numpy(table.tabulate([star])[1]), 8)
+    colour, shape = list(scenes.COLOURS).index("red"), len(scenes.COLOURS) + scenes.SHAPES.index("star")
+    expected = torch.zeros(8, 8)
+    expected[:3, 3:5] = torch.tensor([0.5, 1.0, 0.5])[:, None]  # 96 to 160 across, 16 to 80 down, cells of 32
+    assert torch.equal(labels[colour], expected)
+    assert torch.equal(labels[shape], expected)
+    assert labels.sum() == 2 * expected.sum()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
@@ -51,8 +52,11 @@ def sample_table(count: int, seed: int, num_captions: int = 0, num_workers: int 
     if workers == 1:
         parts = [_sample_chunk(task) for task in tasks]
     else:
-        with get_context("spawn").Pool(workers) as pool:
-            parts = pool.map(_sample_chunk, tasks, chunksize=1)
+        with warnings.catch_warnings():
+            # A fork spares each worker the import of torch. Python warns of the parent's threads; no worker needs them.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            with get_context("fork").Pool(workers) as pool:
+                parts = pool.map(_sample_chunk, tasks, chunksize=1)
     return SceneTable(*(torch.from_numpy(np.concatenate(columns)) for columns in zip(*parts, strict=True)))
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tools.shapes import models, vae_train
 from tools.shapes.capture import captured
 from tools.shapes.muon import Muon
-from tools.shapes.table import CAPTION_TOKENS, NUM_LABELS, draw, layout, sample_table
+from tools.shapes.table import CAPTION_TOKENS, NUM_LABELS, SceneTable, draw, layout, sample_table
 from tools.shapes.tokenizer import PREFIX, PREFIX_TOKENS, SUFFIX, build_tokenizer
 
 DROPOUT = 0.1  # share of captions replaced by " ", the usual negative prompt
@@ -35,28 +35,32 @@ SIGMA_SHIFT = 3.0
 # ---------------------------------------------------------------- data
 
 
-@torch.no_grad()
 def cache(args: argparse.Namespace) -> None:
     """Draw scenes and store their normalised latents, float16 [N, 16, 16, 16], with `things` and captions of each."""
-    device = torch.device(args.device)
-    torch.manual_seed(args.seed)
-    vae = AutoencoderKLQwenImage.from_pretrained(args.vae).to(device)
+    table = sample_table(args.scenes, args.seed, NUM_CAPTIONS)
+    latents = encode_scenes(table, args.vae, torch.device(args.device), args.batch_size, args.compile)
+    captions = {"ids": table.caption_ids, "lengths": table.caption_lengths}
+    torch.save({"latents": latents.cpu(), "things": table.things, **captions}, args.out)
+
+
+@torch.no_grad()
+def encode_scenes(table: SceneTable, folder: Path, device: torch.device, batch_size: int, compiled: bool) -> Tensor:
+    """Normalised latents, float16 [N, 16, 16, 16] on the device, of all scenes by the autoencoder in a folder."""
+    vae = AutoencoderKLQwenImage.from_pretrained(folder).to(device)
     vae_train.use_one_frame_forms()
     mean, std = (torch.tensor(vae.config[k], device=device).view(1, -1, 1, 1) for k in ("latents_mean", "latents_std"))
-    table = sample_table(args.scenes, args.seed, NUM_CAPTIONS)
-    encode = torch.compile(vae_train.encode, dynamic=False) if args.compile else vae_train.encode
-    latents = torch.empty(len(table), 16, 16, 16, dtype=torch.float16)
+    encode = torch.compile(vae_train.encode, dynamic=False) if compiled else vae_train.encode
+    latents = torch.empty(len(table), 16, 16, 16, dtype=torch.float16, device=device)
     start, shown = time.time(), 0
-    for i in range(0, len(table), args.batch_size):
-        rows = (column[i : i + args.batch_size].to(device) for column in (table.backgrounds, table.things))
+    for i in range(0, len(table), batch_size):
+        rows = (column[i : i + batch_size].to(device) for column in (table.backgrounds, table.things))
         with torch.autocast(device.type, torch.bfloat16):
             out = encode(vae, draw(*rows).contiguous(memory_format=torch.channels_last)).float()
-        latents[i : i + len(out)] = ((out - mean) / std).half().cpu()
+        latents[i : i + len(out)] = (out - mean) / std
         if time.time() - start > 10 * shown:
             print(f"{i} of {len(table)}, {time.time() - start:.0f} s", flush=True)
             shown += 1
-    captions = {"ids": table.caption_ids, "lengths": table.caption_lengths}
-    torch.save({"latents": latents, "things": table.things, **captions}, args.out)
+    return latents
 
 
 class Batches:
@@ -115,7 +119,6 @@ class Trainer:
         self.rates = [torch.zeros((), device=self.device) for _ in range(2)]
         self.optimizers = self._optimizers()
         self.block = torch.compile(models.block_forward, dynamic=False) if args.compile else models.block_forward
-        self.encode = torch.compile(models.encode_text, dynamic=False) if args.compile else models.encode_text
         self.text_tables = models.text_tables(self.model["text_encoder"], PREFIX_TOKENS + CAPTION_TOKENS)
         self.image_tables = models.image_tables(self.model["transformer"], CAPTION_TOKENS)
         self.step, self.seen = 0, 0
@@ -149,7 +152,7 @@ class Trainer:
         unused = torch.arange(ids.shape[1], device=self.device) >= lengths[:, None]
         mask[:, 0, 0, : ids.shape[1]] = unused.float() * -1e9
         with torch.autocast(self.device.type, torch.bfloat16):
-            text = self.encode(self.model["text_encoder"], self.batches.prefix, ids, *self.text_tables)
+            text = models.encode_text(self.model["text_encoder"], self.batches.prefix, ids, *self.text_tables)
             out = models.predict(
                 self.model["transformer"], noisy, text, mask, sigma, *self.image_tables, block_fn=self._tapped_block
             )
@@ -223,6 +226,11 @@ def fit(args: argparse.Namespace) -> None:
         trainer.start_from(args.start)
     if trainer.device.type == "cuda" and args.capture:
         trainer.update = captured(trainer.update)
+    run(trainer, args)
+
+
+def run(trainer: Trainer, args: argparse.Namespace) -> None:
+    """Train for `args.minutes`, which count from here."""
     start = saved = shown = time.time()
     losses: list[Tensor] = []
     while (progress := (time.time() - start) / (60 * args.minutes)) < 1:

@@ -140,8 +140,9 @@ def train(args: argparse.Namespace, device: torch.device) -> AutoencoderKLQwenIm
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     use_one_frame_forms()
+    table = sample_table(args.scenes, args.seed)  # before the device is touched, for it forks
+    stream = Pictures(table.to(device))
     model = Autoencoder(AutoencoderKLQwenImage(**CONFIG)).to(device)
-    stream = Pictures(sample_table(args.scenes, args.seed).to(device))
     if args.start:
         model.vae.load_state_dict(AutoencoderKLQwenImage.from_pretrained(args.start).state_dict())
     average = copy.deepcopy(model.vae).requires_grad_(False)
@@ -176,6 +177,7 @@ def train(args: argparse.Namespace, device: torch.device) -> AutoencoderKLQwenIm
 
     if device.type == "cuda" and args.capture:
         update = captured(update)
+    averaged = list(average.parameters()), list(model.vae.parameters())
     start = saved = time.time()
     step, recent = 0, []
     while (progress := (time.time() - start) / (60 * args.minutes)) < 1:
@@ -184,7 +186,7 @@ def train(args: argparse.Namespace, device: torch.device) -> AutoencoderKLQwenIm
             rate.fill_(peak * share)
         recent.append(update())
         decay = min(EMA_DECAY, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.parameters()), list(model.vae.parameters()), 1 - decay)
+        torch._foreach_lerp_(*averaged, 1 - decay)
         step += 1
         if step % 100 == 0:
             mean, seconds = float(torch.stack(recent).mean()), time.time() - start
