@@ -127,6 +127,13 @@ def _text_rest(layer: nn.Module, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mas
     )
 
 
+def _embedded(text: nn.Module, ids: Tensor) -> Tensor:
+    """Embeddings [..., width] of ids, as a product: the gradient of a lookup may wait, which a CUDA graph cannot."""
+    table = text.embed_tokens.weight
+    with torch.autocast(ids.device.type, enabled=False):
+        return (ids[..., None] == torch.arange(len(table), device=ids.device)).to(table.dtype) @ table
+
+
 def encode_text(model: nn.Module, prefix: Tensor, ids: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Last hidden states [B, L, width] of captions `ids` [B, L] behind the shared `prefix` [P] of ids.
 
@@ -136,7 +143,7 @@ def encode_text(model: nn.Module, prefix: Tensor, ids: Tensor, cos: Tensor, sin:
     text = model.model.language_model
     p, n = prefix.shape[0], ids.shape[1]
     causal = torch.full((p + n, p + n), float("-inf"), device=ids.device).triu(1)
-    head, x = text.embed_tokens(prefix)[None], text.embed_tokens(ids)
+    head, x = _embedded(text, prefix)[None], _embedded(text, ids)
     for layer in text.layers:
         q, k, v = _text_qkv(layer, head, cos[:p], sin[:p])
         head = _text_rest(layer, head, q, k, v, causal[:p, :p])

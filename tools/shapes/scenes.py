@@ -210,18 +210,15 @@ def _sample_words(rng: random.Random, count: int, background: tuple[str, ...]) -
     return [Thing(c, s, rng.choices(("", "small", "large"), (0.5, 0.25, 0.25))[0]) for c, s in words]
 
 
-def _draw_on_grid(rng: random.Random, low: int, high: int) -> int:
-    """A multiple of GRID between `low` and `high`."""
+def _on_grid(rng: random.Random, low: int, high: int) -> int:
     return GRID * rng.randint(-(-low // GRID), high // GRID)
 
 
 def _place(rng: random.Random, thing: Thing, position: str) -> Thing:
-    side = _draw_on_grid(rng, *SIZES[thing.size])
+    side = _on_grid(rng, *SIZES[thing.size])
     near, far = BORDER + side // 2, PICTURE_SIZE - BORDER - side // 2
     jitter = POSITION_JITTER if position else PICTURE_SIZE
-    x, y = (
-        _draw_on_grid(rng, max(near, v - jitter), min(far, v + jitter)) for v in POSITIONS[position or "in the center"]
-    )
+    x, y = (_on_grid(rng, max(near, v - jitter), min(far, v + jitter)) for v in POSITIONS[position or "in the center"])
     return Thing(thing.colour, thing.shape, thing.size, x, y, side)
 
 

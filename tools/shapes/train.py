@@ -157,6 +157,7 @@ class Trainer:
                 self.model["transformer"], noisy, text, mask, sigma, *self.image_tables, block_fn=self._tapped_block
             )
             seen = self.layout_head(F.layer_norm(self.tapped, self.tapped.shape[-1:]))
+            del self.tapped  # it would keep the graph of this step's gradients
         labels = layout(things, models.TOKEN_SIDE).flatten(2).mT
         velocity_loss = (out.float() - (noise - clean)).square().mean()
         self.velocity_loss = velocity_loss.detach()
