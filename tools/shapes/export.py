@@ -77,6 +77,10 @@ def write(pipeline: DiffusionPipeline, out: Path, sampling_defaults: dict[str, A
     for path in (fresh, old):
         shutil.rmtree(path, ignore_errors=True)
     pipeline.save_pretrained(fresh)
+    for path in fresh.rglob("config.json"):  # diffusers notes from which folder of the training a part came
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n")
     (fresh / "sampling_defaults.json").write_text(json.dumps(sampling_defaults, indent=2) + "\n")
     size = sum(f.stat().st_size for f in fresh.rglob("*") if f.is_file())
     if out.exists():
