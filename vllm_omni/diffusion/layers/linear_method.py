@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from vllm_omni.diffusion.layers.operators import joint_linear_op, linear_gelu_op, on_gpu
+from vllm_omni.diffusion.layers.operators import joint_linear_op, linear_gelu_op, linear_of_parts_op, on_gpu
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.layers.linear import LinearBase
@@ -62,10 +62,7 @@ class LinearMethod:
             return F.linear(x, layer.weight, layer.bias)
         if x.prefix is None or not on_gpu(x.x):
             return F.linear(x.joined(), layer.weight, layer.bias)
-        # Two products, the second added to the first, cost less than to copy both inputs into one.
-        first, second = layer.weight.split([x.prefix.shape[-1], x.x.shape[-1]], dim=1)
-        output = F.linear(x.prefix, first, layer.bias).flatten(0, -2)
-        return torch.addmm(output, x.activated.flatten(0, -2), second.t()).unflatten(0, x.x.shape[:-1])
+        return linear_of_parts_op(x.prefix, x.activated, layer.weight, layer.bias)
 
     def apply_gelu(self, layer: LinearBase, x: torch.Tensor, start: int = 0) -> tuple[torch.Tensor, PendingInput]:
         """The output features before ``start``, and those from there on with GELU (tanh approximation) to come."""

@@ -40,6 +40,18 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
     return output.unflatten(0, x.shape[:-1])
 
 
+def linear_of_parts(
+    first: torch.Tensor, second: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """``first [..., P], second [..., D], weight [N, P + D], bias [N] -> [first, second] weight^T + bias [..., N]``.
+
+    The second product is added to the first in place; to join the inputs would copy both.
+    """
+    weights = weight.split([first.shape[-1], second.shape[-1]], dim=1)
+    output = F.linear(first.flatten(0, -2), weights[0], bias)
+    return output.addmm_(second.flatten(0, -2), weights[1].t()).unflatten(0, first.shape[:-1])
+
+
 def joint_linear(
     first: torch.Tensor,
     first_weight: torch.Tensor,
@@ -98,6 +110,9 @@ def _joint(
 
 
 linear_gelu_op = operator(linear_gelu, lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])))
+linear_of_parts_op = operator(
+    linear_of_parts, lambda first, second, weight, bias: first.new_empty((*first.shape[:-1], weight.shape[0]))
+)
 joint_linear_op = operator(
     joint_linear,
     lambda first, weight, bias, second, *_: _joint(first, second, weight.shape[0], first.dtype)[0],

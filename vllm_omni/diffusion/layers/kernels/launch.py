@@ -1,7 +1,8 @@
 """How much of a row one program holds.
 
-The kernels are opaque operators. Where a compiler started them itself, knowing less of their arguments, loads were 2
-bytes wide instead of 16: of a norm of 32,760 x 5,120 values that made 814 us instead of 296 (H100, torch 2.11).
+The kernels are opaque operators. Where a compiler started them itself, a norm of 32,760 x 5,120 values took 814 us, and
+as an operator 284 us (H100, torch 2.11). Compiled code knows less of how its pointers are aligned, and a kernel that
+knows nothing of that loads 2 bytes at once instead of 16.
 """
 
 from __future__ import annotations
