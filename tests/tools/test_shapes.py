@@ -195,6 +195,10 @@ def test_tables_draw_what_the_scenes_draw():
     whole = table.draw(*columns)
     shown = ((whole + 1) * 127.5).round().permute(0, 2, 3, 1).byte().numpy()
     assert np.array_equal(shown, np.stack([scenes.render(s) for s in drawn]))
+    corners = torch.randint(0, 128, (24, 2))
+    crops = table.draw(*columns, corners, 128)
+    for picture, crop, (x, y) in zip(whole, crops, corners.tolist(), strict=True):
+        assert torch.equal(crop, picture[:, y : y + 128, x : x + 128])
 
 
 def test_a_table_does_not_depend_on_the_number_of_processes():

@@ -115,19 +115,24 @@ def _palette_and_masks(device: torch.device) -> tuple[Tensor, Tensor]:
     return palette, torch.from_numpy(masks).to(device)
 
 
-def draw(backgrounds: Tensor, things: Tensor) -> Tensor:
-    """Rows of a table to pictures [B, 3, 256, 256] in -1..1, as `scenes.render` draws them."""
-    device, size = backgrounds.device, scenes.PICTURE_SIZE
+def draw(backgrounds: Tensor, things: Tensor, corners: Tensor | None = None, size: int = scenes.PICTURE_SIZE) -> Tensor:
+    """Rows of a table to pictures [B, 3, size, size] in -1..1, as `scenes.render` draws them.
+
+    `corners` [B, 2] is the left and top of a crop of `size`; absent: the whole picture.
+    """
+    device, count = backgrounds.device, len(backgrounds)
     palette, masks = _palette_and_masks(device)
     span = torch.arange(size, device=device)
+    left, top = (0, 0) if corners is None else (corners[:, :1], corners[:, 1:])
+    columns, rows = (span + left).expand(count, size), (span + top).expand(count, size)
     ends = palette[backgrounds.long()]
-    t = (span / (size - 1))[:, None, None]
+    t = (rows / (scenes.PICTURE_SIZE - 1))[:, :, None, None]
     canvas = (ends[:, None, None, 0] + (ends[:, None, None, 1] - ends[:, None, None, 0]) * t).repeat(1, 1, size, 1)
     for thing in things.long().unbind(1):
         colour, shape, x, y, side = thing[:, :, None].unbind(1)
-        inside_x, inside_y = (span >= x) & (span < x + side), (span >= y) & (span < y + side)
+        inside_x, inside_y = (columns >= x) & (columns < x + side), (rows >= y) & (rows < y + side)
         table = (shape * len(_SIDES) + (side - _SIDES[0]) // 2).clamp(min=0)
-        across, down = ((span - start).clamp(0, _SIDES[-1] - 1) for start in (x, y))
+        across, down = (columns - x).clamp(0, _SIDES[-1] - 1), (rows - y).clamp(0, _SIDES[-1] - 1)
         cover = masks[table[:, :, None], down[:, :, None], across[:, None, :]]
         cover = (cover * (inside_y[:, :, None] & inside_x[:, None, :]))[..., None]
         canvas += cover * (palette[colour][:, :, None] - canvas)
