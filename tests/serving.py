@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import faulthandler
+import io
 import json
 import sys
 import threading
@@ -12,7 +14,9 @@ import urllib.request
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import openai
+from PIL import Image
 
 from vllm_omni import AsyncOmni
 from vllm_omni.entrypoints.openai.config import ServerConfig
@@ -81,3 +85,10 @@ def running_server(omni: AsyncOmni, **config: Any):
         if thread.is_alive():
             faulthandler.dump_traceback(file=sys.__stderr__)
         assert not thread.is_alive(), "the server did not end"
+
+
+def differ_by(first: str, second: str) -> int:
+    """Greatest difference, of 255, of two pictures in base64: one that shared a batch may differ by rounding."""
+    pictures = (np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")) for text in (first, second))
+    one, other = (picture.astype(int) for picture in pictures)
+    return int(np.abs(one - other).max())

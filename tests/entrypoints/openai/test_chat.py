@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests import tiny_flux
-from tests.serving import running_server
+from tests.serving import differ_by, running_server
 from vllm_omni import AsyncOmni
 
 EXTRA = {"size": "64x64", "num_inference_steps": 2, "seed": 1}
@@ -38,7 +38,8 @@ def test_a_message_is_answered_by_pictures(client, server):
     assert [opened(part).size for part in choice.message.content] == [(64, 64), (64, 64)]
     assert answer.receipt["seeds"] == [1, 2]
     again = client.images.generate(prompt="a red circle", extra_body=EXTRA)
-    assert choice.message.content[0]["image_url"]["url"].endswith(again.data[0].b64_json)
+    made = choice.message.content[0]["image_url"]["url"].partition(",")[2]
+    assert differ_by(made, again.data[0].b64_json) <= 1
 
 
 def test_a_chat_streams_and_ends_as_openais_do(client, server):
