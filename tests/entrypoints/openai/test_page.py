@@ -69,7 +69,8 @@ def src(page, index=0):
 def pixels(page, index=0):
     """A picture of the gallery, as PNG in base64."""
     draw = """image => { const c = document.createElement("canvas"); c.width = image.naturalWidth;
-        c.height = image.naturalHeight; c.getContext("2d").drawImage(image, 0, 0); return c.toDataURL().split(",")[1]; }"""
+        c.height = image.naturalHeight; c.getContext("2d").drawImage(image, 0, 0);
+        return c.toDataURL().split(",")[1]; }"""
     image = page.locator(f"{MADE} img").nth(index)
     image.evaluate("image => image.decode()")
     return image.evaluate(draw)
