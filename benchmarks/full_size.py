@@ -30,8 +30,8 @@ from typing import Any
 import torch
 
 from benchmarks.full_size_models import MODELS, FullSizeModel, Inputs
+from benchmarks.kernel_profile import write_profile
 from benchmarks.peer_attention import provide_flash_attention_3
-from benchmarks.profile import write_profile
 from benchmarks.report import environment, median, write_json
 from vllm_omni.platforms import get_platform
 
