@@ -151,21 +151,21 @@ def render(scene: Scene) -> np.ndarray:
 # ---------------------------------------------------------------- what may be seen in training
 
 
-def _left_out(text: str) -> bool:
+def left_out(text: str) -> bool:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % HELD_OUT_SHARE == 0
 
 
 @cache
 def pair_held_out(first: tuple[str, str], second: tuple[str, str]) -> bool:
     """Whether these two (colour, shape) pairs never stand in one training picture."""
-    return _left_out("pair:" + "|".join(sorted(" ".join(p) for p in (first, second))))
+    return left_out("pair:" + "|".join(sorted(" ".join(p) for p in (first, second))))
 
 
 def held_out(things: tuple[Thing, ...], background: tuple[str, ...], position: str = "") -> bool:
     """Whether training must not see this combination: by pairs, or by all the words for one object."""
     if len(things) == 1:
         t = things[0]
-        return _left_out("single:" + "|".join((t.size, t.colour, t.shape, position, *background)))
+        return left_out("single:" + "|".join((t.size, t.colour, t.shape, position, *background)))
     return any(pair_held_out((a.colour, a.shape), (b.colour, b.shape)) for a, b in combinations(things, 2))
 
 
@@ -188,7 +188,7 @@ def relation_between(a: Thing, b: Thing) -> str | None:
     return None
 
 
-def _apart(a: Thing, b: Thing) -> bool:
+def apart(a: Thing, b: Thing) -> bool:
     return max(abs(a.x - b.x), abs(a.y - b.y)) >= (a.side + b.side) / 2 + GAP
 
 
@@ -214,7 +214,7 @@ def _on_grid(rng: random.Random, low: int, high: int) -> int:
     return GRID * rng.randint(-(-low // GRID), high // GRID)
 
 
-def _place(rng: random.Random, thing: Thing, position: str) -> Thing:
+def place(rng: random.Random, thing: Thing, position: str) -> Thing:
     side = _on_grid(rng, *SIZES[thing.size])
     near, far = BORDER + side // 2, PICTURE_SIZE - BORDER - side // 2
     jitter = POSITION_JITTER if position else PICTURE_SIZE
@@ -232,9 +232,9 @@ def sample_scene(rng: random.Random, count: int | None = None, want_held_out: bo
         if held_out(tuple(things), background, position) != want_held_out:
             continue
         for _ in range(60):
-            placed = [_place(rng, thing, position) for thing in things]
+            placed = [place(rng, thing, position) for thing in things]
             if all(relation_between(placed[0], other) for other in placed[1:]) and (
-                count < 3 or _apart(placed[1], placed[2])
+                count < 3 or apart(placed[1], placed[2])
             ):
                 return Scene(tuple(placed), background, position)
 
@@ -242,17 +242,17 @@ def sample_scene(rng: random.Random, count: int | None = None, want_held_out: bo
 # ---------------------------------------------------------------- captions
 
 
-def _article(words: str) -> str:
+def article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def _say(thing: Thing) -> str:
-    return _article(" ".join(w for w in (thing.size, thing.colour, thing.shape) if w))
+def say(thing: Thing) -> str:
+    return article(" ".join(w for w in (thing.size, thing.colour, thing.shape) if w))
 
 
 def _say_background(background: tuple[str, ...]) -> str:
     gradient = " gradient" if len(background) == 2 else ""
-    return " on " + _article(" to ".join(background) + gradient + " background")
+    return " on " + article(" to ".join(background) + gradient + " background")
 
 
 def caption(scene: Scene, rng: random.Random, relations: bool | None = None) -> str:
@@ -260,16 +260,16 @@ def caption(scene: Scene, rng: random.Random, relations: bool | None = None) -> 
     order = list(permutations(scene.things))
     rng.shuffle(order)
     said = order[0]
-    body = _say(said[0]) + (f" {scene.position}" if scene.position else "")
+    body = say(said[0]) + (f" {scene.position}" if scene.position else "")
     if len(said) > 1:
         if relations is None:
             relations = rng.random() < 0.85
         if relations:
             # Not every order will do: the first object needs a clear relation to each of the others.
             said = next(o for o in order if all(relation_between(o[0], other) for other in o[1:]))
-            body = _say(said[0]) + " " + " and ".join(f"{relation_between(said[0], o)} {_say(o)}" for o in said[1:])
+            body = say(said[0]) + " " + " and ".join(f"{relation_between(said[0], o)} {say(o)}" for o in said[1:])
         else:
-            body = ", ".join(map(_say, said[:-1])) + " and " + _say(said[-1])
+            body = ", ".join(map(say, said[:-1])) + " and " + say(said[-1])
     return body + ("" if rng.random() < 0.04 else _say_background(scene.background))
 
 

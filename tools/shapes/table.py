@@ -9,9 +9,11 @@ import os
 import random
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from transformers import Qwen2Tokenizer
 from tools.shapes import scenes
 from tools.shapes.tokenizer import SUFFIX, build_tokenizer
 
+MAX_WORKERS = 8
 CHUNK = 1000  # scenes of one task; a seed gives the same table whatever the number of processes
 CAPTION_TOKENS = 32  # the longest caption has 29; attention is fastest on multiples of eight
 _COLOURS = tuple(scenes.COLOURS)
@@ -46,18 +49,29 @@ class SceneTable:
 
 def sample_table(count: int, seed: int, num_captions: int = 0, num_workers: int | None = None) -> SceneTable:
     """`count` training scenes with `num_captions` true captions each."""
+    return SceneTable(*sample_columns(_sample_chunk, count, seed, num_captions, num_workers=num_workers))
+
+
+def sample_columns(
+    sample_chunk: Callable[[tuple[Any, ...]], tuple[np.ndarray, ...]],
+    count: int,
+    seed: int,
+    *options: Any,
+    num_workers: int | None = None,
+) -> list[Tensor]:
+    """`count` rows by several processes: what `sample_chunk((rows, seed, *options))` gives for each chunk, joined."""
     sizes = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
-    tasks = [(size, f"{seed}:{i}", num_captions) for i, size in enumerate(sizes)]
-    workers = min(len(tasks), num_workers or len(os.sched_getaffinity(0)))
+    tasks = [(size, f"{seed}:{i}", *options) for i, size in enumerate(sizes)]
+    workers = min(len(tasks), num_workers or min(MAX_WORKERS, len(os.sched_getaffinity(0))))
     if workers == 1:
-        parts = [_sample_chunk(task) for task in tasks]
+        parts = [sample_chunk(task) for task in tasks]
     else:
         with warnings.catch_warnings():
             # A fork spares each worker the import of torch. Python warns of the parent's threads; no worker needs them.
             warnings.simplefilter("ignore", DeprecationWarning)
             with get_context("fork").Pool(workers) as pool:
-                parts = pool.map(_sample_chunk, tasks, chunksize=1)
-    return SceneTable(*(torch.from_numpy(np.concatenate(columns)) for columns in zip(*parts, strict=True)))
+                parts = pool.map(sample_chunk, tasks, chunksize=1)
+    return [torch.from_numpy(np.concatenate(columns)) for columns in zip(*parts, strict=True)]
 
 
 def _sample_chunk(task: tuple[int, str, int]) -> tuple[np.ndarray, ...]:

@@ -46,7 +46,15 @@ def _training_text() -> list[str]:
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """Train the merges and wrap them; the same result on every call."""
+    """The tokenizer of the captions; the same result on every call."""
+    tokenizer = train_tokenizer(_training_text())
+    words = {*scenes.COLOURS, *scenes.SHAPES, "large", "small", "left", "right", "above", "below", "background"}
+    check(tokenizer, PREFIX, SUFFIX, PREFIX_TOKENS, words)
+    return tokenizer
+
+
+def train_tokenizer(texts: list[str]) -> Qwen2Tokenizer:
+    """Train the merges on `texts` and wrap them."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -62,7 +70,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(_training_text(), trainer)
+    bpe.train_from_iterator(texts, trainer)
     model = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"],
@@ -72,17 +80,15 @@ def build_tokenizer() -> Qwen2Tokenizer:
         model_max_length=4096,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
-    check(tokenizer)
     return tokenizer
 
 
-def check(tokenizer: Qwen2Tokenizer) -> None:
-    """Fail where the pipeline's fixed cut would not fall right before the caption."""
+def check(tokenizer: Qwen2Tokenizer, prefix: str, suffix: str, num_prefix_tokens: int, words: set[str]) -> None:
+    """Fail where the pipeline's fixed cut would not fall right behind the prefix, or a word is not one token."""
     for prompt in ("a red circle", " ", ""):
-        ids = tokenizer(PREFIX + prompt + SUFFIX).input_ids
-        if tokenizer.decode(ids[:PREFIX_TOKENS]) != PREFIX:
-            raise ValueError(f"the template takes other than {PREFIX_TOKENS} tokens before {prompt!r}")
-    words = {*scenes.COLOURS, *scenes.SHAPES, "large", "small", "left", "right", "above", "below", "background"}
+        ids = tokenizer(prefix + prompt + suffix).input_ids
+        if tokenizer.decode(ids[:num_prefix_tokens]) != prefix:
+            raise ValueError(f"the template takes other than {num_prefix_tokens} tokens before {prompt!r}")
     for word in words:
         if len(tokenizer(" " + word).input_ids) != 1:
             raise ValueError(f"{word!r} is more than one token")

@@ -104,13 +104,7 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace, batches: Batches) -> None:
         self.args, self.batches, self.device = args, batches, batches.device
-        self.model = nn.ModuleDict(
-            {
-                "text_encoder": models.build_text_encoder(batches.tokenizer),
-                "transformer": models.build_transformer(args.layers, args.heads),
-            }
-        ).to(self.device)
-        self.model["text_encoder"].model.visual.requires_grad_(False)
+        self.model = self.build().to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         transformer = self.model["transformer"]
         self.layout_head = nn.Linear(transformer.inner_dim, NUM_LABELS).to(self.device)
@@ -119,9 +113,20 @@ class Trainer:
         self.rates = [torch.zeros((), device=self.device) for _ in range(2)]
         self.optimizers = self._optimizers()
         self.block = torch.compile(models.block_forward, dynamic=False) if args.compile else models.block_forward
+        self.prepare_tables()
+        self.step, self.seen = 0, 0
+
+    def build(self) -> nn.ModuleDict:
+        """The models to train, with random weights; what does not move needs no gradient."""
+        text_encoder = models.build_text_encoder(self.batches.tokenizer)
+        text_encoder.model.visual.requires_grad_(False)
+        transformer = models.build_transformer(self.args.layers, self.args.heads)
+        return nn.ModuleDict({"text_encoder": text_encoder, "transformer": transformer})
+
+    def prepare_tables(self) -> None:
+        """Rotary tables of both models."""
         self.text_tables = models.text_tables(self.model["text_encoder"], PREFIX_TOKENS + CAPTION_TOKENS)
         self.image_tables = models.image_tables(self.model["transformer"], CAPTION_TOKENS)
-        self.step, self.seen = 0, 0
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon for matrices within blocks and layers, AdamW for all else. Rates are tensors: a replay reads them."""
@@ -156,12 +161,16 @@ class Trainer:
             out = models.predict(
                 self.model["transformer"], noisy, text, mask, sigma, *self.image_tables, block_fn=self._tapped_block
             )
-            seen = self.layout_head(F.layer_norm(self.tapped, self.tapped.shape[-1:]))
-            del self.tapped  # it would keep the graph of this step's gradients
-        labels = layout(things, models.TOKEN_SIDE).flatten(2).mT
         velocity_loss = (out.float() - (noise - clean)).square().mean()
         self.velocity_loss = velocity_loss.detach()
-        return velocity_loss + self.args.layout_weight * F.binary_cross_entropy_with_logits(seen.float(), labels)
+        return velocity_loss + self.layout_loss(layout(things, models.TOKEN_SIDE).flatten(2).mT)
+
+    def layout_loss(self, labels: Tensor) -> Tensor:
+        """Weighted cross entropy of what the tapped tokens say of their labels [B, I, 13]."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            seen = self.layout_head(F.layer_norm(self.tapped, self.tapped.shape[-1:]))
+        del self.tapped  # it would keep the graph of this step's gradients
+        return self.args.layout_weight * F.binary_cross_entropy_with_logits(seen.float(), labels)
 
     def _tapped_block(self, block: nn.Module, *inputs: Tensor | bool) -> tuple[Tensor, Tensor]:
         """A block; of the one that the layout is read from, the image tokens are kept."""
@@ -231,7 +240,7 @@ def fit(args: argparse.Namespace) -> None:
 
 
 def run(trainer: Trainer, args: argparse.Namespace) -> None:
-    """Train for `args.minutes`, which count from here."""
+    """Train for `args.minutes`, which count from here; write the checkpoint now and then and at the end."""
     start = saved = shown = time.time()
     losses: list[Tensor] = []
     while (progress := (time.time() - start) / (60 * args.minutes)) < 1:
@@ -251,6 +260,17 @@ def run(trainer: Trainer, args: argparse.Namespace) -> None:
     print(f"done: {trainer.step} steps, {trainer.seen} samples, {(time.time() - start) / 60:.1f} minutes", flush=True)
 
 
+def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `Trainer` and `run` read, without the sizes of the models."""
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--layout-weight", type=float, default=0.3, help="of the loss of colours and shapes per token")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="AdamW: embeddings, norms, biases, modulation")
+    parser.add_argument("--lr-muon", type=float, default=2e-3, help="Muon: matrices within the blocks")
+    parser.add_argument("--decay-from", type=float, default=0.3, help="share of the time at full learning rate")
+    parser.add_argument("--no-capture", dest="capture", action="store_false", help="no CUDA graph of the step")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -264,16 +284,10 @@ def main() -> None:
     caching.add_argument("--scenes", type=int, default=400000)
     caching.add_argument("--batch-size", type=int, default=256)
     fitting.add_argument("--latents", type=Path, required=True)
-    fitting.add_argument("--minutes", type=float, default=5)
-    fitting.add_argument("--batch-size", type=int, default=512)
-    fitting.add_argument("--layout-weight", type=float, default=0.3, help="of the loss of colours and shapes per token")
-    fitting.add_argument("--lr", type=float, default=1.5e-3, help="AdamW: embeddings, norms, biases, modulation")
-    fitting.add_argument("--lr-muon", type=float, default=2e-3, help="Muon: matrices within the blocks")
-    fitting.add_argument("--decay-from", type=float, default=0.3, help="share of the time at full learning rate")
     fitting.add_argument("--layers", type=int, default=6)
     fitting.add_argument("--heads", type=int, default=5)
+    add_fit_arguments(fitting)
     fitting.add_argument("--start", type=Path, help="pipeline folder to go on from, as wide and at most as deep")
-    fitting.add_argument("--no-capture", dest="capture", action="store_false", help="no CUDA graph of the step")
     args = parser.parse_args()
     (cache if args.command == "cache" else fit)(args)
 

@@ -15,6 +15,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -93,9 +94,7 @@ class Autoencoder(torch.nn.Module):
     def __init__(self, vae: torch.nn.Module) -> None:
         super().__init__()
         self.vae = vae
-        self.head = torch.nn.Sequential(
-            torch.nn.Conv2d(CONFIG["z_dim"], 64, 1), torch.nn.SiLU(), torch.nn.Conv2d(64, NUM_LABELS, 1)
-        )
+        self.head = layout_head(CONFIG["z_dim"])
 
     def forward(self, pictures: Tensor, noise: Tensor, labels: Tensor) -> Tensor:
         """The loss. `noise` [B, 16, h, w] comes scaled in standard deviations; `labels` [B, 13, h, w] in 0..1."""
@@ -104,6 +103,11 @@ class Autoencoder(torch.nn.Module):
         seen = self.head(noisy / 10).float()
         loss = loss_of(decode(self.vae, noisy).float(), pictures, latents)
         return loss + LABEL_WEIGHT * F.binary_cross_entropy_with_logits(seen, labels)
+
+
+def layout_head(z_dim: int) -> torch.nn.Module:
+    """A head that reads from each latent pixel what stands there."""
+    return torch.nn.Sequential(torch.nn.Conv2d(z_dim, 64, 1), torch.nn.SiLU(), torch.nn.Conv2d(64, NUM_LABELS, 1))
 
 
 def loss_of(out: torch.Tensor, target: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
@@ -137,18 +141,44 @@ class Pictures:
 def train(args: argparse.Namespace, device: torch.device) -> AutoencoderKLQwenImage:
     """The averaged autoencoder after `args.minutes`, in which the learning rate falls to zero."""
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
     use_one_frame_forms()
     table = sample_table(args.scenes, args.seed)  # before the device is touched, for it forks
     stream = Pictures(table.to(device))
     model = Autoencoder(AutoencoderKLQwenImage(**CONFIG)).to(device)
     if args.start:
         model.vae.load_state_dict(AutoencoderKLQwenImage.from_pretrained(args.start).state_dict())
-    average = copy.deepcopy(model.vae).requires_grad_(False)
     # Latents already cached stay true only while the encoder stays as it is.
     model.requires_grad_(not args.decoder_only)
     model.vae.decoder.requires_grad_(True)
+    loss_of_batch = torch.compile(model, dynamic=False) if args.compile else model
+
+    def loss() -> Tensor:
+        pictures, things = stream.next(args.batch_size)
+        side = pictures.shape[-1] // 16
+        noise = sample_noise((args.batch_size, CONFIG["z_dim"], side, side), args.noise, device)
+        with torch.autocast(device.type, torch.bfloat16):
+            return loss_of_batch(pictures, noise, layout(things, side))
+
+    return optimize(model, loss, args, device, lambda average: save(average.vae, args.out, device)).vae
+
+
+def sample_noise(shape: tuple[int, ...], highest: float, device: torch.device) -> Tensor:
+    """Noise whose deviation is drawn anew for each picture, from 0 to `highest`."""
+    return torch.randn(shape, device=device) * highest * torch.rand(shape[0], 1, 1, 1, device=device)
+
+
+def optimize(
+    model: torch.nn.Module,
+    loss_of_next: Callable[[], Tensor],
+    args: argparse.Namespace,
+    device: torch.device,
+    checkpoint: Callable[[torch.nn.Module], None],
+    after_step: Callable[[], None] = lambda: None,
+) -> torch.nn.Module:
+    """Step on `loss_of_next` for `args.minutes`. Returns the averaged model, which `checkpoint` gets now and then."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    average = copy.deepcopy(model).requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     # Norm weights are [C, 1, 1] or [C, 1, 1, 1].
     kernels = [p for p in trained if p.ndim > 3 and p.shape[1] > 1]
@@ -161,25 +191,20 @@ def train(args: argparse.Namespace, device: torch.device) -> AutoencoderKLQwenIm
             rest, lr=rates[1], betas=(0.9, 0.97), weight_decay=0, fused=True, capturable=device.type == "cuda"
         ),
     ]
-    loss_of_batch = torch.compile(model, dynamic=False) if args.compile else model
 
     def update() -> Tensor:
-        pictures, things = stream.next(args.batch_size)
-        side = pictures.shape[-1] // 16
-        noise = torch.randn(args.batch_size, CONFIG["z_dim"], side, side, device=device)
-        noise *= args.noise * torch.rand(args.batch_size, 1, 1, 1, device=device)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = loss_of_batch(pictures, noise, layout(things, side))
+        loss = loss_of_next()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer in optimizers:
             optimizer.step()
+        after_step()
         model.zero_grad(set_to_none=True)
         return loss.detach()
 
     if device.type == "cuda" and args.capture:
         update = captured(update)
-    averaged = list(average.parameters()), list(model.vae.parameters())
+    averaged = list(average.parameters()), list(model.parameters())
     start = saved = time.time()
     step, recent = 0, []
     while (progress := (time.time() - start) / (60 * args.minutes)) < 1:
@@ -195,7 +220,7 @@ def train(args: argparse.Namespace, device: torch.device) -> AutoencoderKLQwenIm
             print(f"step {step} seen {step * args.batch_size} t {seconds:.0f}s loss {mean:.4f}", flush=True)
             recent = []
         if time.time() - saved > 60:
-            save(average, args.out, device)
+            checkpoint(average)
             saved = time.time()
     return average
 
@@ -237,8 +262,8 @@ def measure(
     return {"psnr_db": round(sum(decibels) / count, 2), "judged_right": round(right / count, 4)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What training any autoencoder of scenes takes."""
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=2.5)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -246,12 +271,17 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3, help="AdamW: norms and biases")
     parser.add_argument("--lr-muon", type=float, default=0.02, help="Muon: kernels")
     parser.add_argument("--noise", type=float, default=0.25, help="highest latent noise, in standard deviations")
-    parser.add_argument("--decoder-only", action="store_true", help="with --start: leave the encoder as it is")
-    parser.add_argument("--start", type=Path, help="autoencoder folder to go on from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--no-capture", dest="capture", action="store_false", help="no CUDA graph of the step")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--decoder-only", action="store_true", help="with --start: leave the encoder as it is")
+    parser.add_argument("--start", type=Path, help="autoencoder folder to go on from")
     args = parser.parse_args()
     device = torch.device(args.device)
     started = time.time()

@@ -23,7 +23,11 @@ ProgressCallback = Callable[[StepProgress], None]
 
 # Small models of coloured shapes that ship with the package, by task, so that everything runs without a download.
 _ASSETS = Path(__file__).parent.parent / "assets"
-SHIPPED_MODELS = {"text-to-image": _ASSETS / "shapes-qwen-image", "text-to-video": _ASSETS / "shapes-wan"}
+SHIPPED_MODELS = {
+    "text-to-image": _ASSETS / "shapes-qwen-image",
+    "image-edit": _ASSETS / "shapes-qwen-image-edit",
+    "text-to-video": _ASSETS / "shapes-wan",
+}
 SHIPPED_MODEL = SHIPPED_MODELS["text-to-image"]
 
 
