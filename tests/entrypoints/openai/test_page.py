@@ -145,7 +145,7 @@ def test_the_queue_shows_all_requests_and_ends_them(server, open_page):
     page.locator("text=Waits for the requests before it").first.wait_for()
     page.click("#open-queue")
     row = page.locator("#queue-list li", has_text="circle 0")
-    assert row.locator("progress").count() == 1
+    row.locator("progress").wait_for()
     for number in range(5):
         page.locator("#queue-list li", has_text=f"circle {number}").locator("text=Cancel").click()
     page.locator("#queue-empty", has_text="Nothing").wait_for()
