@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-NUM_CAPTURE_STEPS = 3  # before a graph is recorded
+from tools.shapes.capture import captured
+
 SAVE_EVERY_S = 60
 
 
@@ -48,7 +49,8 @@ class Loop:
         `on_progress` is called every minute, to save.
         """
         start, losses = time.time(), []
-        update = self._as_graph() if self.rates[0].is_cuda and capture else self.update
+        # The rates are still zero, so that the steps before the recording change no weight.
+        update = captured(self.update) if self.rates[0].is_cuda and capture else self.update
         first = shown = saved = time.time()
         while (progress := (time.time() - start) / (60 * minutes)) < 1:
             losses.append(self._train_step(update, progress))
@@ -84,24 +86,3 @@ class Loop:
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
         self.step += 1
         return loss
-
-    def _as_graph(self) -> Callable[[], Tensor]:
-        """`update` as a CUDA graph: launching its small kernels one by one takes longer than they run.
-
-        The rates are still zero, so that the steps before the recording change no weight.
-        """
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(NUM_CAPTURE_STEPS):
-                self.update()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = self.update()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return result.clone()
-
-        return replay
