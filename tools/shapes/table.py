@@ -52,6 +52,13 @@ def sample_table(count: int, seed: int, num_captions: int = 0, num_workers: int 
     return SceneTable(*sample_columns(_sample_chunk, count, seed, num_captions, num_workers=num_workers))
 
 
+def thinned(table: SceneTable, keep_single: float) -> SceneTable:
+    """The table with that share (0..1) of its scenes of one object, the first ones: they are learnt long before others."""
+    single = (table.things[:, :, 4] > 0).sum(1) == 1
+    kept = ~single | (single.cumsum(0) <= keep_single * single.sum())
+    return SceneTable(*(getattr(table, name)[kept] for name in table.__dataclass_fields__))
+
+
 def sample_columns(
     sample_chunk: Callable[[tuple[Any, ...]], tuple[np.ndarray, ...]],
     count: int,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tools.shapes import models, vae_train
 from tools.shapes.capture import captured
 from tools.shapes.muon import Muon
-from tools.shapes.table import CAPTION_TOKENS, NUM_LABELS, SceneTable, draw, layout, sample_table
+from tools.shapes.table import CAPTION_TOKENS, NUM_LABELS, SceneTable, draw, layout, sample_table, thinned
 from tools.shapes.tokenizer import PREFIX, PREFIX_TOKENS, SUFFIX, build_tokenizer
 
 DROPOUT = 0.1  # share of captions replaced by " ", the usual negative prompt
@@ -37,7 +37,7 @@ SIGMA_SHIFT = 3.0
 
 def cache(args: argparse.Namespace) -> None:
     """Draw scenes and store their normalised latents, float16 [N, 16, 16, 16], with `things` and captions of each."""
-    table = sample_table(args.scenes, args.seed, NUM_CAPTIONS)
+    table = thinned(sample_table(args.scenes, args.seed, NUM_CAPTIONS), args.keep_single)
     latents = encode_scenes(table, args.vae, torch.device(args.device), args.batch_size, args.compile)
     captions = {"ids": table.caption_ids, "lengths": table.caption_lengths}
     torch.save({"latents": latents.cpu(), "things": table.things, **captions}, args.out)
@@ -283,6 +283,7 @@ def main() -> None:
     caching.add_argument("--vae", type=Path, required=True)
     caching.add_argument("--scenes", type=int, default=400000)
     caching.add_argument("--batch-size", type=int, default=256)
+    caching.add_argument("--keep-single", type=float, default=1.0, help="share kept of the scenes with one object")
     fitting.add_argument("--latents", type=Path, required=True)
     fitting.add_argument("--layers", type=int, default=6)
     fitting.add_argument("--heads", type=int, default=5)
