@@ -42,6 +42,22 @@ def test_without_a_task_it_is_text_to_image():
     assert choose_model("some/model", "text-to-video") == "some/model"
 
 
+def test_the_weights_of_a_hub_id_are_downloaded_only_when_all_else_is_right(folders, monkeypatch):
+    asked = []
+
+    def download(_name, *, allow_patterns, **_options):
+        asked.append(allow_patterns)
+        return str(folders["text-to-image"])
+
+    monkeypatch.setattr("vllm_omni.diffusion.model_loader.utils.snapshot_download", download)
+    for wrong in ({"task": "text-to-video"}, {"dtype": "int4"}):
+        with pytest.raises(InvalidConfigError):
+            Omni("org/name", **wrong)
+    assert "*" not in {pattern for patterns in asked for pattern in patterns}
+    configure("org/name", {}, "text-to-image")
+    assert asked[-1] == ["*"]
+
+
 @pytest.mark.parametrize("task", sorted(TASKS.keys() - SHIPPED_MODELS.keys()))
 def test_a_task_without_a_shipped_model_asks_for_one(task):
     with pytest.raises(InvalidConfigError, match="no model for it ships along, only for text-to-image") as caught:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any, Literal
 
-from vllm_omni.diffusion.engine.configure import check_task, configure
+from vllm_omni.diffusion.engine.configure import configure
 from vllm_omni.diffusion.engine.engine import Engine, EngineRound
 from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
 from vllm_omni.diffusion.request import OmniDiffusionRequest
@@ -49,9 +49,7 @@ class AsyncOmni:
         if isinstance(max_queue, bool) or max_queue < 1:
             raise InvalidRequestError(f"max_queue={max_queue!r} must be at least 1", param="max_queue")
         self.live = LiveRequests()
-        self.od_config = configure(choose_model(model, task), options)
-        if task is not None:
-            check_task(task, self.od_config)
+        self.od_config = configure(choose_model(model, task), options, task)
         self.engine = Engine(self.od_config, on_load_progress, self.live.needs_preview, is_online=True)
         self.listeners: list[Callable[[EngineRound], object]] = []  # the engine's thread tells them of each round
         self._max_queue = max_queue

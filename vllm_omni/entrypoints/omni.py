@@ -12,7 +12,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from vllm_omni.diffusion.data import TASKS
-from vllm_omni.diffusion.engine.configure import check_task, configure
+from vllm_omni.diffusion.engine.configure import configure
 from vllm_omni.diffusion.engine.engine import Engine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import EngineClosedError, GenerationError, InvalidConfigError, InvalidRequestError, nearest_name
@@ -73,9 +73,7 @@ class Omni:
         self._show_progress = sys.stderr.isatty() if show_progress is None else show_progress
         self._lock = threading.RLock()
         self._engine: Engine | None = None
-        self.od_config = configure(choose_model(model, task), options)
-        if task is not None:
-            check_task(task, self.od_config)
+        self.od_config = configure(choose_model(model, task), options, task)
         with _LoadBar(self._show_progress) as bar:
             self._engine = Engine(self.od_config, bar.update)
 

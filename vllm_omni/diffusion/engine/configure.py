@@ -14,11 +14,14 @@ from vllm_omni.errors import InvalidConfigError, InvalidModelFolderError
 from vllm_omni.platforms import default_device, get_platform
 
 
-def configure(model: str, options: dict[str, Any]) -> OmniDiffusionConfig:
+def configure(model: str, options: dict[str, Any], task: str | None = None) -> OmniDiffusionConfig:
     """The configuration for ``model``, a folder or a hub id, which is downloaded if it is not cached.
 
-    Raises ``InvalidConfigError``, ``FeatureNotAvailableError``, ``ModelNotFoundError``, ``InvalidModelFolderError`` or
-    ``HubUnreachableError``.
+    A ``task`` is one of ``TASKS`` that the model must be able to do. The weights are downloaded last, when all that
+    is asked for has been checked against the model's configuration files.
+
+    Raises ``InvalidConfigError``, ``FeatureNotAvailableError``, ``ModelNotFoundError``, ``InvalidModelFolderError``,
+    ``UnsupportedPipelineError`` or ``HubUnreachableError``.
     """
     check_option_names(options)
     if not isinstance(model, str):
@@ -29,17 +32,19 @@ def configure(model: str, options: dict[str, Any]) -> OmniDiffusionConfig:
     device = _resolve_device(options.get("device"))
     options["device"] = str(device)
     options["dtype"] = _resolve_dtype(options.get("dtype"), device)
-    weights = options.get("load_format") != "dummy"
-    folder = resolve_model_folder(model, options.get("revision"), weights=weights)
-    return OmniDiffusionConfig.from_options(
+    folder = resolve_model_folder(model, options.get("revision"), weights=False)
+    config = OmniDiffusionConfig.from_options(
         model=str(folder), model_class_name=_pipeline_class_name(folder / "model_index.json"), **options
     )
+    spec = resolve_diffusion_model(config.model_class_name).request_spec(config)
+    if task is not None:
+        _check_task(task, config, () if spec is None else spec.tasks)
+    if options.get("load_format") != "dummy":
+        resolve_model_folder(model, options.get("revision"))
+    return config
 
 
-def check_task(task: str, od_config: OmniDiffusionConfig) -> None:
-    """Raises ``InvalidConfigError`` unless the model can do ``task``, one of ``TASKS``. Reads no weights."""
-    spec = resolve_diffusion_model(od_config.model_class_name).request_spec(od_config)
-    tasks = () if spec is None else spec.tasks
+def _check_task(task: str, od_config: OmniDiffusionConfig, tasks: tuple[str, ...]) -> None:
     if task in tasks:
         return
     model = f"{od_config.model} ({od_config.model_class_name})"
