@@ -53,7 +53,7 @@ def sample_table(count: int, seed: int, num_captions: int = 0, num_workers: int 
 
 
 def thinned(table: SceneTable, keep_single: float) -> SceneTable:
-    """The table with that share (0..1) of its scenes of one object, the first ones: they are learnt long before others."""
+    """The table with a share, 0..1, of its scenes of one object, the first ones: they are learnt long before others."""
     single = (table.things[:, :, 4] > 0).sum(1) == 1
     kept = ~single | (single.cumsum(0) <= keep_single * single.sum())
     return SceneTable(*(getattr(table, name)[kept] for name in table.__dataclass_fields__))
