@@ -67,13 +67,11 @@ def prompt(model: str, seed: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(1, 128, 3584, generator=generator) for name in names}
 
 
-def shortened(folder: Path, scratch: Path | None) -> Path:
-    """A copy of the configurations whose text encoders have one layer, for they take memory and are not run."""
-    if scratch is None:
-        return folder
+def copied(folder: Path, scratch: Path, *, one_text_layer: bool) -> Path:
+    """A copy of the configurations, if asked for with text encoders of one layer: for those take memory."""
     copy = scratch / folder.name
     shutil.copytree(folder, copy, dirs_exist_ok=True)
-    for path in copy.glob("text_encoder*/config.json"):
+    for path in copy.glob("text_encoder*/config.json") if one_text_layer else ():
         path.write_text(json.dumps(_one_layer(json.loads(path.read_text()))))
     return copy
 
@@ -93,7 +91,9 @@ def _one_layer(config: dict[str, Any]) -> dict[str, Any]:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     from vllm_omni import Omni, OmniDiffusionSamplingParams
 
-    folder = shortened(CONFIGS / {"flux": "flux.1-dev", "qwen-image": "qwen-image"}[args.model], args.scratch)
+    folder = CONFIGS / {"flux": "flux.1-dev", "qwen-image": "qwen-image"}[args.model]
+    if args.scratch is not None:  # text encoders are not run
+        folder = copied(folder, args.scratch, one_text_layer=True)
     steps = STEPS[args.model] if args.steps is None else args.steps
     params = OmniDiffusionSamplingParams(height=args.side, width=args.side, num_inference_steps=steps, seed=0)
     few = OmniDiffusionSamplingParams(height=args.side, width=args.side, num_inference_steps=4, seed=0)

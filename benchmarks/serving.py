@@ -16,14 +16,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +27,7 @@ from typing import Any
 import openai
 
 from benchmarks.report import write_json
+from benchmarks.server_process import cpu_seconds, server, split_arguments
 from vllm_omni import Omni, OmniDiffusionSamplingParams
 
 PROMPT = "a large red circle left of a small blue square on a yellow background"
@@ -43,29 +40,6 @@ class Load:
     steps: tuple[int, ...]
     num_clients: int
     side: int
-
-
-@contextmanager
-def server(*options: str) -> Iterator[tuple[str, int]]:
-    """The address and the process id of a server in a process of its own."""
-    command = [sys.executable, "-m", "vllm_omni", "serve", "--port", "0", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None, "it is a pipe"
-    line = process.stdout.readline()
-    if not line.startswith("serving"):
-        raise RuntimeError(f"the server did not start: {' '.join(command)}")
-    try:
-        yield line.split()[-1], process.pid
-    finally:
-        process.terminate()
-        process.wait()
-        process.stdout.close()
-
-
-def cpu_seconds(pid: int | str = "self") -> float:
-    """CPU time that a process has used: what it costs, however many others the machine serves meanwhile."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def run_load(address: str, load: Load) -> tuple[float, list[tuple[int, float]]]:
@@ -156,7 +130,7 @@ def model_of(args: argparse.Namespace) -> tuple[str, ...]:
     return () if args.model is None else (args.model,)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("throughput", "mixed"))
     parser.add_argument("--model", help="folder or hub id; absent: the model that ships along")
@@ -166,8 +140,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-clients", type=int, default=16)
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--json", type=Path, help="file to write")
-    parser.add_argument("options", nargs="*", help="options of the servers, after --")
-    return parser.parse_args(argv)
+    own, options = split_arguments(sys.argv[1:])
+    return parser.parse_args(own, argparse.Namespace(options=options))
 
 
 def main() -> None:

@@ -36,9 +36,9 @@ from vllm_omni.errors import FeatureNotAvailableError, InsufficientMemoryError, 
 from vllm_omni.outputs import StepCacheUse
 from vllm_omni.platforms import get_platform
 
-# The host may queue this many steps before the device has done the first of them: enough to keep the device busy,
-# few enough that progress is true and a request can be aborted between two steps.
-_MAX_STEPS_AHEAD = 2
+# While the device works on a short step the host may queue the next, so that the device is never idle between. Longer
+# ones it waits for: the gap is small beside them, and a request that arrives waits for one step and not for two.
+_LONG_STEP_S = 0.1
 
 
 @dataclass(kw_only=True)
@@ -97,6 +97,8 @@ class ModelRunner:
         self._running: dict[str, _Running] = {}
         self._plan: StepPlan | None = None  # of the running requests, for as long as none comes or leaves
         self._steps_ahead: deque[Callable[[], None]] = deque()
+        self._step_s = 0.0  # of the last step, as long as one follows the other
+        self._waited_at = 0.0  # time.perf_counter() when the device was last waited for
 
     def _check_pipeline(self, pipeline: nn.Module) -> None:
         """Refuse what the pipeline cannot do, before its weights are read."""
@@ -200,9 +202,11 @@ class ModelRunner:
 
     def _limit_steps_ahead(self) -> None:
         self._steps_ahead.append(self._platform.record())
-        if len(self._steps_ahead) >= _MAX_STEPS_AHEAD:
-            with waiting_for("device"):
+        with waiting_for("device"):
+            while len(self._steps_ahead) >= (2 if self._step_s < _LONG_STEP_S else 1):
                 self._steps_ahead.popleft()()
+        now = time.perf_counter()
+        self._step_s, self._waited_at = now - self._waited_at, now
 
     def _finish(self, request_id: str, result: WorkerResult) -> None:
         running = self._running[request_id]
