@@ -12,7 +12,21 @@ from typing import Any
 
 
 class OmniError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose. It can be pickled, attributes included."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return restored_error, (type(self), self.args, self.__dict__)
+
+
+def restored_error(kind: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:
+    """An error of another process, without ``kind(*args)``, for it may ask for more than its message."""
+    builtin: Any = kind
+    while builtin.__module__ != "builtins":  # whose memory layout it has: of two bases that may be either
+        builtin = builtin.__base__
+    error: BaseException = builtin.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
 
 
 class InvalidRequestError(OmniError, ValueError):
@@ -80,11 +94,17 @@ class ComparisonError(OmniError, RuntimeError):
 
 
 class RankFailureError(OmniError, RuntimeError):
-    """A rank of the model died, hung or failed, and the requests in progress were lost with it. ``rank`` names it."""
+    """A rank of the model died, hung or failed, and the requests in progress were lost with it. ``rank`` names it.
 
-    def __init__(self, message: str, *, rank: int) -> None:
-        super().__init__(message)
+    ``summary`` is the message without ``detail``, which quotes another error and may tell of the machine. ``is_final``:
+    the ranks are not started again.
+    """
+
+    def __init__(self, summary: str, *, rank: int, detail: str | None = None, is_final: bool = False) -> None:
+        super().__init__(summary if detail is None else f"{summary}: {detail}")
         self.rank = rank
+        self.summary = summary
+        self.is_final = is_final
 
 
 class EngineClosedError(OmniError, RuntimeError):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_omni.diffusion.worker.channel import Channel, Message
-from vllm_omni.errors import InvalidRequestError
+from vllm_omni.errors import InsufficientMemoryError, InvalidRequestError, ModelNotFoundError
 
 
 @pytest.fixture
@@ -68,6 +68,13 @@ def test_an_error_keeps_its_type_its_attributes_and_its_cause(ends):
     assert type(got) is InvalidRequestError
     assert (str(got), got.param) == ("height=7 is odd", "height")
     assert isinstance(got.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("kind", [InsufficientMemoryError, ModelNotFoundError, torch.OutOfMemoryError, OSError])
+def test_an_error_of_any_layout_arrives(ends, kind):
+    ends[0].send(kind("too much"))
+    got = ends[1].receive()
+    assert (type(got), str(got)) == (kind, "too much")
 
 
 def test_a_generator_goes_on_where_it_was(ends):

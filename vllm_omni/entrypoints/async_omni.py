@@ -163,8 +163,8 @@ class AsyncOmni:
 
     @property
     def is_running(self) -> bool:
-        """Whether the engine's thread takes steps."""
-        return self._thread.is_alive() and not self._closed
+        """Whether requests are served: not once it is closed, or its workers have failed for good."""
+        return self._thread.is_alive() and not self._closed and self.engine.is_alive
 
     def close(self) -> None:
         """Abort everything and free the model. May be called twice."""

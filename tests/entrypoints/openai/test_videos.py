@@ -182,6 +182,24 @@ def test_unfinished_jobs_run_again_in_the_next_server_and_finished_ones_are_ther
             assert wait(second, cut_off, "completed")["receipt"]["num_inference_steps"] == 400
 
 
+@pytest.mark.parametrize("num_failures", [1, 3])
+def test_a_job_whose_workers_fail_runs_again_but_not_for_ever(video_server, monkeypatch, num_failures):
+    failures = iter(range(num_failures))
+    executor = video_server.omni.engine._executor
+    execute = executor.execute
+
+    def failing(command):
+        if command.step and next(failures, None) is not None:
+            raise RuntimeError("a worker is gone")
+        return execute(command)
+
+    monkeypatch.setattr(executor, "execute", failing)
+    job = video_server.call("POST", "/v1/videos", LONG | {"num_inference_steps": 2})[2]["id"]
+    ended = wait(video_server, job, "completed" if num_failures == 1 else "failed")
+    assert num_failures == 1 or ended["error"]["code"] == "engine_failure"
+    assert next(failures, None) is None
+
+
 def test_a_job_that_takes_the_server_with_it_is_given_up(video_folder, tmp_path):
     job = Job(fields={"prompt": "a cat", "size": "48x32", "num_frames": 5, "num_inference_steps": 3})
     job.state, job.num_starts = "in_progress", _MAX_STARTS

@@ -73,6 +73,11 @@ class Engine:
         self._needs_preview = needs_preview if self.has_previews else None
 
     @property
+    def is_alive(self) -> bool:
+        """False once it is closed, or once its ranks have failed so often that they are not started again."""
+        return self._executor is not None and self._executor.is_alive
+
+    @property
     def has_requests(self) -> bool:
         return self._scheduler.has_requests
 

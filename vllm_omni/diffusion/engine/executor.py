@@ -19,7 +19,10 @@ from vllm_omni.errors import FeatureNotAvailableError
 
 
 class Executor(Protocol):
-    """Runs each command on all ranks and returns the result of one."""
+    """Runs each command on all ranks and returns the result of one. ``is_alive`` is False once it will run no more."""
+
+    @property
+    def is_alive(self) -> bool: ...
 
     def execute(self, command: WorkerCommand) -> WorkerResult: ...
 
@@ -28,6 +31,8 @@ class Executor(Protocol):
 
 class InProcessExecutor:
     """One rank, in this process."""
+
+    is_alive = True
 
     def __init__(self, od_config: OmniDiffusionConfig, on_load_progress: LoadProgress | None = None) -> None:
         self._worker = Worker(od_config, on_load_progress)

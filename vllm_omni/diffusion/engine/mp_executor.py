@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import Any
 
@@ -54,6 +55,10 @@ class MultiprocessExecutor:
     @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._end is None
 
     @property
     def pids(self) -> list[int]:
@@ -113,7 +118,8 @@ class MultiprocessExecutor:
             if error is None and reply.result is not None:
                 error = next(iter(reply.result.errors.values()), None)
             if error is not None:
-                return pool.failure(pool.ranks[number], f"failed: {type(error).__name__}: {first_line(error)}")
+                detail = f"{type(error).__name__}: {first_line(error)}"
+                return pool.failure(pool.ranks[number], "failed", detail)
         return pool.failure(pool.ranks[0], "did not do what the others did")
 
     def _check_stalled(self, pool: RankPool, replies: dict[int, RankReply], began: float) -> None:
@@ -134,15 +140,15 @@ class MultiprocessExecutor:
         if self._pool is not None:
             self._pool.close(gently=False)
             self._pool = None
-        errors: dict[str, Exception] = {
-            request_id: RankFailureError(str(failure), rank=failure.rank) for request_id in self._in_flight
-        }
+        errors: dict[str, Exception] = {request_id: copy.copy(failure) for request_id in self._in_flight}
         if self._end is None:
             if self._num_restarts >= _MAX_RESTARTS:
                 self._end = RankFailureError(
-                    f"the ranks failed {self._num_restarts + 1} times in a row, the last time because {failure}; they"
-                    " are not started again: find the cause, and create the engine anew",
+                    f"the ranks failed {self._num_restarts + 1} times in a row and are not started again: find the"
+                    " cause, and create the engine anew",
                     rank=failure.rank,
+                    detail=str(failure),
+                    is_final=True,
                 )
             else:
                 self._restart_at = time.monotonic() + _BACKOFF_S[self._num_restarts]
@@ -167,9 +173,8 @@ class MultiprocessExecutor:
             except RankFailureError:
                 raise
             except Exception as error:
-                raise RankFailureError(
-                    f"the ranks could not be started again: {type(error).__name__}: {first_line(error)}", rank=0
-                ) from error
+                detail = f"{type(error).__name__}: {first_line(error)}"
+                raise RankFailureError("the ranks could not be started again", rank=0, detail=detail) from error
 
     def _await_ready(self) -> None:
         """Wait until every rank has loaded its part. Raises what one of them met."""

@@ -57,6 +57,7 @@ class RankPool:
         num_threads = max(1, torch.get_num_threads() // (layout.world_size * layout.data))
         self._selector = selectors.DefaultSelector()
         self.ranks: list[Rank] = []
+        self._first, self._total = first_device, layout.world_size * layout.data  # as errors count, over all replicas
         # Whatever happens to this object, and at the latest when the interpreter ends.
         self._finalizer = weakref.finalize(self, _kill, self.ranks)
         for number in range(layout.world_size):
@@ -103,14 +104,15 @@ class RankPool:
             else:
                 hear(rank, value)
 
-    def failure(self, rank: Rank, cause: str) -> RankFailureError:
+    def failure(self, rank: Rank, cause: str, detail: str | None = None) -> RankFailureError:
         """The error for ``rank``; for another one, if that has died: then what ``rank`` says only follows from it."""
         for other in self.ranks:
             gone = other.why_gone()
             if gone is not None:
-                rank, cause = other, gone
+                rank, cause, detail = other, gone, None
                 break
-        return RankFailureError(f"rank {rank.number} of {len(self.ranks)} {cause}", rank=rank.number)
+        number = self._first + rank.number
+        return RankFailureError(f"rank {number} of {self._total} {cause}", rank=number, detail=detail)
 
     def close(self, *, gently: bool = True) -> None:
         """End all processes. With ``gently``, they may finish what they do, for a few seconds."""

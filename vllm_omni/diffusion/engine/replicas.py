@@ -33,6 +33,10 @@ class ReplicatedExecutor:
         ]
         self.replicas = [start.result() for start in starts]
 
+    @property
+    def is_alive(self) -> bool:
+        return all(replica.is_alive for replica in self.replicas)
+
     def execute(self, command: WorkerCommand) -> WorkerResult:
         """Each replica carries out its part of the command, all at the same time."""
         loads = [replica.num_in_flight for replica in self.replicas]

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from vllm_omni.errors import restored_error
+
 _HEADER = struct.Struct("<QQ?")  # bytes of the message, of them the pickle's, whether they lie in shared memory
 _INLINE = 1 << 16  # bytes
 _ALIGNMENT = 64  # bytes, of each tensor
@@ -184,9 +186,6 @@ def _restored_generator(device: str, state: torch.Tensor) -> torch.Generator:
 def _restored_error(
     kind: type[BaseException], args: Sequence[Any], attributes: dict[str, Any], cause: BaseException | None
 ) -> BaseException:
-    # Not kind(*args): an error may ask for more than its message.
-    error: BaseException = kind.__new__(kind, *args)
-    error.args = tuple(args)
-    error.__dict__.update(attributes)
+    error = restored_error(kind, tuple(args), attributes)
     error.__cause__ = cause
     return error

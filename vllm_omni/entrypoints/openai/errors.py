@@ -19,6 +19,7 @@ from vllm_omni.errors import (
     InvalidRequestError,
     NonFiniteOutputError,
     QueueFullError,
+    RankFailureError,
 )
 from vllm_omni.logger import init_logger
 
@@ -74,6 +75,9 @@ def as_api_error(error: BaseException, *, log: bool = True) -> ApiError:
         return ApiError(500, str(error), code="insufficient_memory")
     if isinstance(error, NonFiniteOutputError):
         return ApiError(500, str(error), code="non_finite_output")
+    if isinstance(error, RankFailureError):
+        remedy = "" if error.is_final else ", and the request was lost with it; send it again"
+        return ApiError(500, error.summary + remedy, code="rank_failure")
     if isinstance(error, EngineFailureError):
         return ApiError(500, "the engine failed while the request ran; send it again", code="engine_failure")
     if log:

@@ -17,7 +17,7 @@ router = APIRouter(tags=["operation"])
 async def health(request: Request) -> dict[str, Any]:
     """200 while the engine takes steps, 503 if it has died."""
     if not server_of(request).omni.is_running:
-        raise ApiError(503, "the engine's thread has ended", code="engine_dead")
+        raise ApiError(503, "the engine has failed for good; start the server anew", code="engine_dead")
     return {"status": "ok"}
 
 

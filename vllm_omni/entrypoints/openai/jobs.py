@@ -12,6 +12,7 @@ from vllm_omni.entrypoints.openai.media import encode_video
 from vllm_omni.entrypoints.openai.protocol import VideoFields
 from vllm_omni.entrypoints.openai.server import Server
 from vllm_omni.entrypoints.openai.storage import Job
+from vllm_omni.errors import EngineFailureError, RankFailureError
 from vllm_omni.inputs.data import OmniPrompt
 from vllm_omni.logger import init_logger
 from vllm_omni.outputs import OmniRequestOutput, StepProgress
@@ -113,7 +114,7 @@ class VideoJobs:
     async def _begin(self, job: Job) -> None:
         job.state, job.num_starts = "in_progress", job.num_starts + 1
         if job.num_starts > _MAX_STARTS:
-            text = f"the server ended {_MAX_STARTS} times while this job ran; it is not tried again"
+            text = f"the server or its workers ended {_MAX_STARTS} times while this job ran; it is not tried again"
             await self._fail(job, ApiError(500, text, code="too_many_restarts"))
             self._server.omni.abort(job.id)
             return
@@ -123,6 +124,13 @@ class VideoJobs:
         if job.state == "failed" or (output.finish_reason == "aborted" and self._server.is_draining):
             return  # told already, or left for the next process
         if not output.finished:
+            if isinstance(output.error, RankFailureError | EngineFailureError):
+                job.num_starts += job.state == "queued"  # it did not come to its first step
+                if job.num_starts < _MAX_STARTS:
+                    logger.warning("the job %s starts again: %s", job.id, output.error)
+                    job.state = "queued"
+                    await self._resume(job)
+                    return
             error = output.error or ApiError(409, f"{job.id} was cancelled", code="cancelled")
             await self._fail(job, as_api_error(error))
             return
