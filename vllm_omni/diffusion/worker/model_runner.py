@@ -38,7 +38,7 @@ from vllm_omni.platforms import get_platform
 
 # While the device works on a short step the host may queue the next, so that the device is never idle between. Longer
 # ones it waits for: the gap is small beside them, and a request that arrives waits for one step and not for two.
-_LONG_STEP_S = 0.1
+_LONG_STEP_S = 0.5
 
 
 @dataclass(kw_only=True)
