@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 
@@ -51,6 +52,7 @@ def test_without_a_name_the_seed_names_the_file_and_several_are_numbered(generat
         (["--num-frames", "5"], 2, "num_frames=5 is not a parameter of this model"),
         (["--enable-cpu-offload"], 1, "CPU offload is not available yet"),
         (["--seed", "-1"], 2, "seed=-1 must lie between 0 and"),
+        (["--extra-args", '{"layers": 3}'], 2, "extra_args: this model has no parameter 'layers'"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(generate, arguments, status, message):
@@ -63,8 +65,11 @@ def test_bad_input_is_one_line_that_names_it(generate, arguments, status, messag
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--step-count=3"], "unknown option --step-count=3; --help lists all options"),
+        (["--colour=red"], "unknown option --colour=red; --help lists all options"),
         (["--negativ-promt", "blurry"], "unknown option --negativ-promt; did you mean --negative-prompt?"),
+        (["--stesp", "4"], "unknown option --stesp; did you mean --steps?"),
+        (["--extra-args", "layers=3"], "argument --extra-args: 'layers=3' is no JSON"),
+        (["--extra-args", "[3]"], "argument --extra-args: '[3]' is no JSON object"),
         (["on", "a", "mat"], "unexpected 'on'; text of several words goes in quotes"),
     ],
 )
@@ -75,6 +80,41 @@ def test_an_argument_that_is_not_known_gets_advice(arguments, message, capsys):
     shown = capsys.readouterr().err
     assert message in shown
     assert shown.startswith("usage: vllm-omni generate")
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_loaded(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for name in ("file/cat.png", "file/deep/er/cat.png"):
+        assert main(["generate", "a cat", "--model", "/nowhere/at/all", "--output", str(tmp_path / name)]) == 2
+        shown = capsys.readouterr().err
+        assert f"--output {tmp_path / name} cannot be written: " in shown
+        assert shown.count("\n") == 1
+
+
+def test_a_disk_that_is_full_is_one_line(generate, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    status, _, err = generate("--output", "cat.png")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--output cat.png cannot be written: No space left on device" in err
+
+
+def test_an_interrupt_is_one_word_at_any_time(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    assert main(["generate", "a cat"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_picture_for_a_model_of_texts_is_refused_with_what_the_model_does(generate, tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "red.png")
+    status, _, err = generate("--image", "red.png")
+    assert status == 2
+    assert "takes no picture (multi_modal_data); it does text-to-image. Leave the picture out, or choose a task" in err
 
 
 def test_a_model_that_is_not_there_is_one_line(capsys):

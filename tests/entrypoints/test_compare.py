@@ -11,6 +11,7 @@ from diffusers import FluxPipeline, QwenImagePipeline
 from PIL import Image
 
 from tests import tiny_wan
+from vllm_omni.diffusion import registry
 from vllm_omni.entrypoints.cli import compare
 from vllm_omni.entrypoints.cli.compare_engines import Call, check_parameters, diffusers_arguments
 from vllm_omni.entrypoints.cli.main import main
@@ -121,7 +122,11 @@ def edited_index(folder, **values):
     return folder
 
 
-def test_a_model_that_diffusers_does_not_know_is_refused_before_anything_loads(qwen_folder, tmp_path, capsys):
+def test_a_model_that_diffusers_does_not_know_is_refused_before_anything_loads(
+    qwen_folder, tmp_path, capsys, monkeypatch
+):
+    registered = registry._DIFFUSION_MODELS
+    monkeypatch.setitem(registered, "NoSuchPipeline", registered["QwenImagePipeline"])
     folder = edited_index(shutil.copytree(qwen_folder, tmp_path / "model"), _class_name="NoSuchPipeline")
     assert main(["compare", str(folder), "--output-dir", str(tmp_path)]) == 1
     message = capsys.readouterr().err
@@ -142,6 +147,7 @@ def test_a_model_that_diffusers_cannot_load_is_one_error_with_its_reason(qwen_fo
     ("arguments", "message"),
     [
         (["--guidance-scale-2", "3"], "guidance_scale_2: diffusers' QwenImagePipeline has no such parameter"),
+        (["--extra-args", '{"layers": 3}'], "extra_args: diffusers' QwenImagePipeline has no such parameter"),
         (["--load-format", "dummy"], "load_format='dummy': two engines have the same weights only if"),
         (["--image", "nowhere.png"], "--image nowhere.png cannot be read"),
         (["--image", __file__], "image: diffusers' QwenImagePipeline has no such parameter"),

@@ -68,6 +68,17 @@ def test_values_that_exclude_each_other_are_refused(values, param):
 def test_an_unknown_parameter_is_refused_with_the_nearest_name():
     with pytest.raises(InvalidRequestError, match=r"'num_inference_step'; did you mean 'num_inference_steps'\?"):
         OmniDiffusionSamplingParams(num_inference_step=3)
+    with pytest.raises(InvalidRequestError, match=r"'steps'; did you mean 'num_inference_steps'\?"):
+        OmniDiffusionSamplingParams(steps=3)
+
+
+def test_a_misspelt_assignment_is_refused_and_a_known_one_is_not():
+    params = OmniDiffusionSamplingParams()
+    with pytest.raises(InvalidRequestError, match=r"'heigth'; did you mean 'height'\?") as caught:
+        params.heigth = 64
+    assert caught.value.param == "heigth"
+    params.height = 64
+    assert params.height == 64
 
 
 def test_zero_and_false_are_values():

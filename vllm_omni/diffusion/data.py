@@ -48,14 +48,6 @@ def _planned(default: Any, feature: str, **extra: Any) -> Any:
     return field(default=default, metadata={"help": f"{feature} (not available yet)", "planned": feature, **extra})
 
 
-def json_object(text: str) -> dict[str, Any]:
-    """Raises ``ValueError`` for a text that is not a JSON object."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"{text!r} is not a JSON object")
-    return value
-
-
 @dataclass(frozen=True, kw_only=True)
 class DiffusionParallelConfig:
     """How many ranks share the work, and how. The ranks of a model are as many as the product of the sizes."""
@@ -83,7 +75,7 @@ class CacheConfig:
         None, "step cache, which skips blocks of the transformer at steps that change little", choices=CACHE_BACKENDS
     )
     cache_config: Mapping[str, Any] | None = _option(
-        None, "options of the step cache as a JSON object, as in '{\"rel_l1_thresh\": 0.2}'", parse=json_object
+        None, "options of the step cache as a JSON object, as in '{\"rel_l1_thresh\": 0.2}'"
     )
 
     def __post_init__(self) -> None:

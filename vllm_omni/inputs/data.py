@@ -83,19 +83,26 @@ class OmniDiffusionSamplingParams:
     max_sequence_length: int | None = _option("most text tokens that a prompt may have")
     num_frames: int | None = _option("number of frames of a video")
     fps: float | None = _option("frames per second of a video")
-    extra_args: dict[str, Any] = field(default_factory=dict, metadata={"help": "parameters of one model", "cli": False})
+    extra_args: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "parameters that one model alone has, as a JSON object such as '{\"layers\": 3}'"},
+    )
 
     def __init__(self, **values: Any) -> None:
         fields = {f.name: f for f in dataclasses.fields(self)}
         for name in values:
             if name not in fields:
-                raise InvalidRequestError(
-                    f"unknown sampling parameter {name!r}; {nearest_name(name, fields)}", param=name
-                )
+                raise _unknown_parameter(name)
         for name, f in fields.items():
             default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
             setattr(self, name, values.get(name, default))
         self.validate()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A misspelt assignment is as much an error as a misspelt argument."""
+        if name not in self.__dataclass_fields__:
+            raise _unknown_parameter(name)
+        super().__setattr__(name, value)
 
     def validate(self) -> None:
         """Check every value that is present. Raises ``InvalidRequestError`` that names the field."""
@@ -131,6 +138,13 @@ class OmniDiffusionSamplingParams:
                 " levels; leave it out or make them equal",
                 param="num_inference_steps",
             )
+
+
+def _unknown_parameter(name: str) -> InvalidRequestError:
+    fields = dataclasses.fields(OmniDiffusionSamplingParams)
+    on_command_line = {alias.lstrip("-"): f.name for f in fields for alias in f.metadata.get("aliases", ())}
+    advice = nearest_name(on_command_line.get(name, name), [f.name for f in fields])
+    return InvalidRequestError(f"unknown sampling parameter {name!r}; {advice}", param=name)
 
 
 def normalize_prompt(prompt: Any) -> OmniPrompt:

@@ -132,6 +132,13 @@ def _refuse_unsupported(request: OmniDiffusionRequest, spec: RequestSpec) -> Non
                 f"extra_args: this model has no parameter {name!r}; allowed: {allowed}", param=f"extra_args.{name}"
             )
     for key in request.prompt:
+        if key == "multi_modal_data" and key not in spec.prompt_keys:
+            does = f"; it does {', '.join(spec.tasks)}" if spec.tasks else ""
+            raise InvalidRequestError(
+                f"this model takes no picture (multi_modal_data){does}. Leave the picture out, or choose a task or a"
+                " model that starts from one",
+                param="multi_modal_data",
+            )
         if key not in spec.prompt_keys:
             raise InvalidRequestError(
                 f"this model takes no {key} in a prompt, only {', '.join(sorted(spec.prompt_keys))}", param=key

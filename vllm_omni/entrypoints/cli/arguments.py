@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def add_field_arguments(parser: Any, owners: Iterable[tuple[type, dataclasses.Fi
         if metadata.get("cli") is False:
             continue
         flags = [f"--{field.name.replace('_', '-')}", *metadata.get("aliases", ())]
-        kind = metadata.get("parse", _value_type(typing.get_type_hints(owner)[field.name]))
+        kind = metadata.get("parse") or _value_type(typing.get_type_hints(owner)[field.name])
         arguments: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
         arguments["help"] = argparse.SUPPRESS if "planned" in metadata else _help(field)
         if kind is bool:
@@ -92,6 +93,17 @@ def _integer(text: str, least: int) -> int:
     return int(text)
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """An object in JSON, as shells pass it in single quotes."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error}); write '{{\"name\": 1}}'") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object; write '{{\"name\": 1}}'")
+    return value
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """``"WIDTHxHEIGHT"`` or one number for a square, in pixels -> ``(width, height)``."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
@@ -102,16 +114,20 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def _value_type(hint: Any) -> Any:
-    """The type of an option's value: ``int | None -> int``, a literal -> ``str``."""
+    """What reads an option's value: ``int | None -> int``, a literal -> ``str``, a mapping -> ``json_object``."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    return str if typing.get_origin(hint) is typing.Literal else hint
+    origin = typing.get_origin(hint)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return json_object
+    return str if origin is typing.Literal else hint
 
 
 def _help(field: dataclasses.Field[Any]) -> str:
     text = str(field.metadata["help"]).replace("%", "%%")
-    return text if field.default is None else f"{text} (default: {field.default})"
+    return text if field.default in (None, dataclasses.MISSING) else f"{text} (default: {field.default})"
 
 
 def _metavar(field: dataclasses.Field[Any], kind: Any) -> str | None:
-    return None if field.metadata.get("choices") else {int: "N", float: "X"}.get(kind, field.name.upper())
+    letters = {int: "N", float: "X", json_object: "JSON"}
+    return None if field.metadata.get("choices") else letters.get(kind, field.name.upper())

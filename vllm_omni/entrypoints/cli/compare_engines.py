@@ -171,7 +171,7 @@ def check_parameters(pipeline_class: type[Any], prompts: Sequence[OmniPrompt], g
         if "multi_modal_data" in prompt:
             _diffusers_name(pipeline_class, accepted, "image")
     for name in given:
-        if name not in _NOT_PASSED:
+        if name not in _NOT_PASSED or name == "extra_args":
             _diffusers_name(pipeline_class, accepted, name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Carry the command out: load, generate, write, and say where the result is."""
     given = vars(arguments)
-    if arguments.output is not None:
+    if arguments.output is None:
+        _check_folder(Path("vllm-omni"))
+    else:
         _check_output(arguments.output, [suffix for suffixes in _SUFFIXES.values() for suffix in suffixes])
     params = OmniDiffusionSamplingParams(**sampling_values(given))
     options = engine_values(given)
@@ -102,6 +105,26 @@ def _check_output(path: Path, suffixes: Sequence[str]) -> None:
         )
     if path.is_dir():
         raise InvalidRequestError(f"--output {path} is a folder; name a file in it", param="output")
+    _check_folder(path)
+
+
+def _check_folder(path: Path) -> None:
+    """Make the folder of a file, before the work is done that the file is for."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_written(path, error) from error
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InvalidRequestError(
+            f"--output {path} cannot be written: no permission; name a file in another folder", param="output"
+        )
+
+
+def _not_written(path: Path, error: OSError) -> InvalidRequestError:
+    reason = error.strerror or str(error)
+    return InvalidRequestError(
+        f"--output {path} cannot be written: {reason}; name a file in another folder", param="output"
+    )
 
 
 def _write(output: OmniRequestOutput, path: Path | None, suffix: str) -> list[Path]:
@@ -110,16 +133,18 @@ def _write(output: OmniRequestOutput, path: Path | None, suffix: str) -> list[Pa
     if path is None:
         seed = output.receipt.seeds[0] if output.receipt.seeds is not None else 0
         path = Path(f"vllm-omni-{seed}{suffix}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     is_video = suffix in _SUFFIXES["video"]
     results = output.images if is_video else _flat(output.images)
     paths = [path] if len(results) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(results))]
     for result, target in zip(results, paths, strict=True):
-        if is_video:
-            assert output.receipt.fps is not None, "a video model resolves fps"
-            write_video(result, target, output.receipt.fps)
-        else:
-            result.save(target)
+        try:
+            if is_video:
+                assert output.receipt.fps is not None, "a video model resolves fps"
+                write_video(result, target, output.receipt.fps)
+            else:
+                result.save(target)
+        except OSError as error:
+            raise _not_written(target, error) from error
     return paths
 
 

@@ -23,7 +23,18 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 2 for bad input, 1 for any other error, 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        _run(sys.argv[1:] if argv is None else list(argv))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except OmniError as error:
+        print(f"vllm-omni: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, (InvalidRequestError, InvalidConfigError)) else 1
+    return 0
+
+
+def _run(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="vllm-omni",
         description="Serve diffusion models: text to image and more.",
@@ -39,16 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         command = commands.choices[arguments.command]
-        command.error(_unknown_text(unknown[0], options=re.findall(r"--[\w-]+", command.format_usage())))
-    try:
-        importlib.import_module(_COMMANDS[arguments.command][0]).run(arguments)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except OmniError as error:
-        print(f"vllm-omni: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (InvalidRequestError, InvalidConfigError)) else 1
-    return 0
+        # The usage shows one name of each option, the help all of them.
+        command.error(_unknown_text(unknown[0], options=re.findall(r"--[\w-]+", command.format_help())))
+    importlib.import_module(_COMMANDS[arguments.command][0]).run(arguments)
 
 
 def _unknown_text(argument: str, options: Sequence[str]) -> str:
