@@ -100,7 +100,9 @@ def test_a_folder_that_is_missing_or_a_file_is_refused(tmp_path):
     with pytest.raises(InvalidModelFolderError, match="is a file"):
         Omni(str(file))
     with pytest.raises(InvalidModelFolderError, match=r"model_index\.json is missing"):
-        Omni(str(tmp_path))
+        Omni(tmp_path)  # a path is as good as a string
+    with pytest.raises(ModelNotFoundError, match="model='' is empty"):
+        Omni("")
     with pytest.raises(InvalidModelFolderError, match="must be the path"):
         Omni(3)
 

@@ -123,8 +123,9 @@ def test_lists_that_do_not_match_are_refused(qwen_omni, prompts, sampling_params
     with pytest.raises(InvalidRequestError) as caught:
         qwen_omni.generate(prompts, sampling_params)
     assert caught.value.param == param
-    with pytest.raises(InvalidRequestError, match="max_batch_size"):
-        qwen_omni.generate("a", max_batch_size=0)
+    for max_batch_size in (0, 1.5, True, "2"):
+        with pytest.raises(InvalidRequestError, match="max_batch_size"):
+            qwen_omni.generate("a", max_batch_size=max_batch_size)
 
 
 def test_a_step_that_fails_for_one_request_is_repeated_for_the_others(qwen_omni, pipeline, monkeypatch):

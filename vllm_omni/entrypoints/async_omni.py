@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import threading
 from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any, Literal
@@ -39,7 +40,7 @@ class AsyncOmni:
 
     def __init__(
         self,
-        model: str | None = None,
+        model: str | os.PathLike[str] | None = None,
         *,
         task: str | None = None,
         max_queue: int = 256,

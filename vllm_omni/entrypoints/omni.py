@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ SHIPPED_MODELS = {
 SHIPPED_MODEL = SHIPPED_MODELS["text-to-image"]
 
 
-def choose_model(model: str | None, task: str | None) -> str:
+def choose_model(model: str | os.PathLike[str] | None, task: str | None) -> str:
     """The model that is named, or the one that ships along for ``task``; without either, the one for text to image.
 
     Raises ``InvalidConfigError`` for a task that does not exist, or that no shipped model does.
@@ -39,7 +40,7 @@ def choose_model(model: str | None, task: str | None) -> str:
     if task is not None and task not in TASKS:
         raise InvalidConfigError(f"task={task!r} is unknown; {nearest_name(str(task), TASKS)}", option="task")
     if model is not None:
-        return model
+        return os.fspath(model) if isinstance(model, os.PathLike) else model
     if task is not None and task not in SHIPPED_MODELS:
         raise InvalidConfigError(
             f"task={task!r}: no model for it ships along, only for {', '.join(SHIPPED_MODELS)}; name a model",
@@ -64,7 +65,7 @@ class Omni:
 
     def __init__(
         self,
-        model: str | None = None,
+        model: str | os.PathLike[str] | None = None,
         *,
         task: str | None = None,
         show_progress: bool | None = None,
@@ -95,8 +96,10 @@ class Omni:
         Raises ``InvalidRequestError`` before any work if one of the requests is not sound. If requests fail while
         they run, the others still finish, and ``GenerationError`` carries all outputs.
         """
-        if max_batch_size is not None and (isinstance(max_batch_size, bool) or max_batch_size < 1):
-            raise InvalidRequestError(f"max_batch_size={max_batch_size!r} must be at least 1", param="max_batch_size")
+        if max_batch_size is not None and (type(max_batch_size) is not int or max_batch_size < 1):
+            raise InvalidRequestError(
+                f"max_batch_size={max_batch_size!r} must be an integer of at least 1", param="max_batch_size"
+            )
         prompt_list = _as_list(prompts)
         params_list = _as_params_list(sampling_params, len(prompt_list))
         with self._lock:

@@ -49,6 +49,8 @@ def download_weights_from_hf_specific(
 def resolve_model_folder(model: str, revision: str | None, *, weights: bool = True) -> Path:
     """The local folder of ``model``, a path or a hub id. Without ``weights`` only configurations and tokenizers."""
     path = Path(model).expanduser()
+    if not model.strip():
+        raise ModelNotFoundError(f"model={model!r} is empty; give the path of a folder or a hub id")
     if path.is_dir():
         if revision is not None:
             raise InvalidModelFolderError(f"revision={revision!r} goes with a hub id; {str(path)!r} is a local folder")
