@@ -74,6 +74,15 @@ def test_a_size_that_no_memory_holds_is_refused():
         admitted(height=16384, width=16384)
 
 
+@pytest.mark.parametrize("values", [{"height": 16384, "width": 16384}, {"height": 33}])
+def test_a_size_that_is_refused_never_reaches_a_pre_process_function(values):
+    def pre_process(request):
+        raise AssertionError("it would bring a picture to this size")
+
+    with pytest.raises(InvalidRequestError, match="height"):
+        admit("a", Params(**values), SPEC, {}, pre_process)
+
+
 def test_a_drawn_seed_is_told_and_differs_each_time():
     seeds = {admitted().sampling_params.seed for _ in range(8)}
     assert len(seeds) == 8

@@ -71,6 +71,8 @@ def admit(
     if spec is not None:
         _refuse_unsupported(request, spec)
         _apply_checkpoint_defaults(request, spec, checkpoint_defaults)
+        # Before the pre-process function, which may bring a picture to this size.
+        _check_size(params, spec)
     if pre_process is not None:
         request = _pre_processed(request, pre_process)
     if spec is not None:
@@ -109,9 +111,7 @@ def _resolve_model_parameters(request: OmniDiffusionRequest, spec: RequestSpec) 
         if getattr(params, name) is None:
             resolved = getattr(params, default.parameter) if isinstance(default, SameAs) else default
             setattr(params, name, resolved)
-    for name in ("height", "width"):
-        _check_multiple(name, getattr(params, name), spec.size_multiple)
-    _check_area(params)
+    _check_size(params, spec)
     if spec.check is not None:
         spec.check(request)
 
@@ -178,19 +178,17 @@ def _resolve_true_cfg_scale(
     params.true_cfg_scale = 1.0
 
 
-def _check_multiple(name: str, value: int, multiple: int) -> None:
-    if value % multiple:
-        nearest = max(multiple, round(value / multiple) * multiple)
-        raise InvalidRequestError(
-            f"{name}={value} must be a multiple of {multiple}; the nearest is {nearest}", param=name
-        )
-
-
-def _check_area(params: OmniDiffusionSamplingParams) -> None:
-    """A size that no model makes and no memory holds would end the process rather than the request."""
-    assert params.height is not None, "the spec of a model resolves its size"
-    assert params.width is not None, "the spec of a model resolves its size"
-    if params.height * params.width > MAX_PIXELS:
+def _check_size(params: OmniDiffusionSamplingParams, spec: RequestSpec) -> None:
+    """A side off the model's grid, or a size that no memory holds, which would end the process, not the request."""
+    multiple = spec.size_multiple
+    for name in ("height", "width"):
+        value = getattr(params, name)
+        if value is not None and value % multiple:
+            nearest = max(multiple, round(value / multiple) * multiple)
+            raise InvalidRequestError(
+                f"{name}={value} must be a multiple of {multiple}; the nearest is {nearest}", param=name
+            )
+    if params.height is not None and params.width is not None and params.height * params.width > MAX_PIXELS:
         raise InvalidRequestError(
             f"height={params.height} and width={params.width} make {params.height * params.width:,} pixels; at most"
             f" {MAX_PIXELS:,} (4096 x 4096) are taken",
