@@ -17,6 +17,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.data import OmniPrompt
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
 
 # Larger pictures are refused before they are decoded: a few kilobytes can unpack to gigabytes.
 MAX_PIXELS = 64 * 1024 * 1024
@@ -57,6 +60,12 @@ def load_images(value: Any, *, param: str, mode: str = "RGB", max_images: int = 
         allowed = "one picture" if max_images == 1 else f"1 to {max_images} pictures"
         raise InvalidRequestError(f"{param} holds {len(values)} pictures; this model takes {allowed}", param=param)
     return [_in_mode(_load(item, param), mode, param) for item in values]
+
+
+def log_resize(picture: Image.Image, width: int, height: int) -> None:
+    """Say in the log that a model does not take a picture at its own size."""
+    if picture.size != (width, height):
+        logger.info("a picture of %d x %d pixels is brought to %d x %d", picture.width, picture.height, width, height)
 
 
 def _load(value: Any, param: str) -> Image.Image:

@@ -108,6 +108,14 @@ def test_pixels_are_those_of_diffusers(omni, reference) -> None:
     assert_same_pictures([result], [expected])
 
 
+def test_a_picture_that_is_resized_is_told_in_the_log(od_config, caplog) -> None:
+    with caplog.at_level("INFO", logger="vllm_omni"):
+        for auto_resize in (True, False):
+            admitted(od_config, edit(picture(30, 90)), params(auto_resize=auto_resize))
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"a picture of 30 x 90 pixels is brought to {size}" for size in ("672 x 1568", "16 x 80")]
+
+
 def test_a_picture_takes_a_trained_size_as_in_diffusers(omni, reference) -> None:
     image = picture(30, 90)
     result = ours(omni, edit(image), auto_resize=True, num_inference_steps=1)

@@ -23,7 +23,7 @@ from vllm_omni.diffusion.models.flux.pipeline_flux import PATCH_SIZE, FluxPipeli
 from vllm_omni.diffusion.postprocess import images_from_pixels
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.inputs.images import prompt_images
+from vllm_omni.inputs.images import log_resize, prompt_images
 
 # (width, height) in pixels of the pictures that the model was trained on
 _TRAINED_SIZES = (
@@ -73,6 +73,7 @@ def get_flux_kontext_pre_process_func(
             )
         if auto_resize:
             width, height = _nearest_trained_size(width / height, side)
+        log_resize(picture, width, height)
         request.extra["image"] = processor.preprocess(picture, height, width)
         return request
 

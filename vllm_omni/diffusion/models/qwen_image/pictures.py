@@ -25,6 +25,7 @@ from vllm_omni.diffusion.models.qwen_image import common
 from vllm_omni.diffusion.models.qwen_image.qwen_image_transformer import ImageShape
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import InvalidRequestError
+from vllm_omni.inputs.images import log_resize
 
 PROMPT_KEYS = common.PROMPT_KEYS | {"multi_modal_data"}
 # Where a picture's features go in a prompt.
@@ -77,6 +78,7 @@ def fit_to_area(picture: Image.Image, area: int) -> Image.Image:
         )
     width = math.sqrt(area * ratio)
     size = tuple(round(side / _SIDE_MULTIPLE) * _SIDE_MULTIPLE for side in (width, width / ratio))
+    log_resize(picture, *size)
     return picture.resize(size, resample=Image.Resampling.LANCZOS)
 
 

@@ -14,7 +14,7 @@ from vllm_omni.diffusion.encoders.vae import picture_pixels
 from vllm_omni.diffusion.models.wan2_2.checkpoint import WanCheckpoint
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import InvalidModelFolderError, InvalidRequestError, nearest_name
-from vllm_omni.inputs.images import load_images
+from vllm_omni.inputs.images import load_images, log_resize
 
 PICTURE_KEY = "multi_modal_data"
 
@@ -55,6 +55,7 @@ def prepare_picture(
     picture = load_images(given["image"], param="image")[0]
     _resolve_size(request, picture, checkpoint)
     params = request.sampling_params
+    log_resize(picture, params.width, params.height)
     request.extra[PIXELS] = picture_pixels(picture.resize((params.width, params.height), Image.Resampling.LANCZOS))
     if image_processor is not None:
         request.extra[IMAGE_ENCODER_PIXELS] = image_processor(picture, return_tensors="pt").pixel_values
