@@ -138,3 +138,13 @@ def test_the_table_of_lines_per_family_is_true():
     for name, lines in counted.items():
         # A line more or less is no news to a reader.
         assert stated[name] == pytest.approx(lines, rel=0.1, abs=10), f"{name}: {advice}"
+
+
+@pytest.mark.parametrize("page", ["flux", "qwen_image", "wan2_2"])
+def test_the_lines_beside_those_of_diffusers_are_true(page):
+    text = (ROOT.parent / f"docs/models/{page}.md").read_text()
+    rows = re.findall(r"^\| [^|`]+: (`[^|]+`) \| ([\d,]+) \|", text, re.MULTILINE)
+    assert len(rows) >= 3
+    for names, stated in rows:
+        files = [next((ROOT / "diffusion").rglob(name)) for name in re.findall(r"`(\w+\.py)`", names)]
+        assert int(stated.replace(",", "")) == pytest.approx(lines_per_family.num_lines(files), rel=0.1), names
