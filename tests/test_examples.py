@@ -53,6 +53,17 @@ def test_a_video_of_the_asked_size_is_written(monkeypatch, tmp_path, task):
         assert len(list(container.decode(stream))) == 5
 
 
+def test_without_a_model_the_shipped_ones_are_used(monkeypatch, tmp_path):
+    run(monkeypatch, "text_to_image/text_to_image.py", "--output", tmp_path / "a.png", "--num-inference-steps", 2)
+    edit = ["--image", tmp_path / "a.png", "--prompt", "make the circle green", "--height", 64, "--width", 64]
+    run(monkeypatch, "image_to_image/image_edit.py", *edit, "--output", tmp_path / "b.png")
+    run(monkeypatch, "text_to_video/text_to_video.py", "--output", tmp_path / "c.mp4", "--num-inference-steps", 2)
+    with Image.open(tmp_path / "b.png") as picture:
+        assert picture.size == (64, 64)
+    with av.open(str(tmp_path / "c.mp4")) as container:
+        assert len(list(container.decode(video=0))) == 16
+
+
 def test_image_edit(monkeypatch, tmp_path):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     output = tmp_path / "out" / "edited.png"

@@ -1,5 +1,6 @@
 """Change a picture as a text says, offline.
 
+python image_edit.py --image red_circle.png --prompt "make the circle green"
 python image_edit.py --model Qwen/Qwen-Image-Edit --image cat.png --prompt "make the cat black"
 python image_edit.py --model black-forest-labs/FLUX.1-Kontext-dev --image cat.png --prompt "add a hat"
 """
@@ -15,7 +16,7 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Edit a picture.")
-    parser.add_argument("--model", required=True, help="folder or hub id of a model that takes pictures")
+    parser.add_argument("--model", help="folder or hub id; absent: the small model that ships with the package")
     parser.add_argument("--image", type=Path, required=True, nargs="+", help="picture, or several for some models")
     parser.add_argument("--prompt", required=True, help="what to change")
     parser.add_argument("--negative-prompt", help="classifier-free guidance needs one")
@@ -43,7 +44,7 @@ def main() -> None:
         true_cfg_scale=args.cfg_scale,
         guidance_scale=args.guidance_scale,
     )
-    with Omni(args.model) as omni:
+    with Omni(args.model, task="image-edit") as omni:
         (output,) = omni.generate(prompt, sampling_params)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     output.images[0].save(args.output)

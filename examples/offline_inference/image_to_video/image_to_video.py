@@ -49,7 +49,7 @@ def main() -> None:
         guidance_scale_2=args.guidance_scale_2,
         output_type="np",
     )
-    with Omni(args.model, vae_use_tiling=args.vae_use_tiling) as omni:
+    with Omni(args.model, task="image-to-video", vae_use_tiling=args.vae_use_tiling) as omni:
         (output,) = omni.generate(prompt, sampling_params)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_video(output.images[0], args.output, output.receipt.fps)

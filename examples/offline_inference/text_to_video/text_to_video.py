@@ -1,5 +1,6 @@
 """Text to video, offline.
 
+python text_to_video.py --prompt "a red circle moving right"
 python text_to_video.py --model Wan-AI/Wan2.2-T2V-A14B-Diffusers --prompt "a cat walks through tall grass"
 python text_to_video.py --model Wan-AI/Wan2.2-TI2V-5B-Diffusers --prompt "waves at dusk" --height 704 --width 1280 \
     --num-frames 121
@@ -17,8 +18,8 @@ from vllm_omni.media import write_video
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Generate a video from a prompt.")
-    parser.add_argument("--model", default="Wan-AI/Wan2.2-T2V-A14B-Diffusers", help="folder or hub id")
-    parser.add_argument("--prompt", default="a cat walks through tall grass")
+    parser.add_argument("--model", help="folder or hub id; absent: the small model that ships with the package")
+    parser.add_argument("--prompt", default="a red circle moving right")
     parser.add_argument("--negative-prompt", help="absent: the model's default, if it has one")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--height", type=int, help="pixels; absent: the model's default")
@@ -49,7 +50,7 @@ def main() -> None:
         guidance_scale_2=args.guidance_scale_2,
         output_type="np",
     )
-    with Omni(args.model, vae_use_tiling=args.vae_use_tiling) as omni:
+    with Omni(args.model, task="text-to-video", vae_use_tiling=args.vae_use_tiling) as omni:
         (output,) = omni.generate(prompt, sampling_params)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_video(output.images[0], args.output, output.receipt.fps)
