@@ -108,6 +108,8 @@ def test_a_string_becomes_a_prompt():
         ({"prompt_embeds": torch.ones(0, 4)}, "prompt_embeds"),
         ({"prompt_embeds": torch.ones(3, 4, dtype=torch.long)}, "prompt_embeds"),
         ({"prompt_embeds": [[1.0]]}, "prompt_embeds"),
+        ({"prompt_embeds": torch.full((3, 4), float("nan"))}, "prompt_embeds"),
+        ({"prompt": "x", "pooled_prompt_embeds": torch.full((4,), float("inf"))}, "pooled_prompt_embeds"),
         ({"prompt": "x", "multi_modal_data": []}, "multi_modal_data"),
     ],
 )

@@ -235,6 +235,7 @@ def _check_embeds(name: str, value: Any) -> None:
             f"{name} has shape {list(value.shape)} and dtype {value.dtype}; it must hold at least one token of floats",
             param=name,
         )
+    _check_finite(name, value)
 
 
 def _check_pooled_embeds(name: str, value: Any) -> None:
@@ -247,3 +248,9 @@ def _check_pooled_embeds(name: str, value: Any) -> None:
             " one vector for the whole prompt",
             param=name,
         )
+    _check_finite(name, value)
+
+
+def _check_finite(name: str, value: torch.Tensor) -> None:
+    if not bool(torch.isfinite(value).all()):
+        raise InvalidRequestError(f"{name} holds NaN or infinite values; all must be finite", param=name)
