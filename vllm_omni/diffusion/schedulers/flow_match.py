@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import InvalidModelFolderError
 
 NUM_TRAIN_TIMESTEPS = 1000
+EULER = "FlowMatchEulerDiscreteScheduler"
 
 # Variants of the schedule that would change the result if they were passed over.
 _UNSUPPORTED_FLAGS = (
@@ -27,6 +29,20 @@ _UNSUPPORTED_FLAGS = (
     "invert_sigmas",
     "stochastic_sampling",
 )
+
+
+def euler_config(od_config: OmniDiffusionConfig) -> Mapping[str, Any]:
+    """A checkpoint's ``scheduler_config.json``, for a model that knows Euler steps alone.
+
+    Raises ``InvalidModelFolderError`` for another scheduler, or for a variant of this one that is not supported.
+    """
+    config = od_config.component_config("scheduler", "scheduler_config.json")
+    if config.get("_class_name", EULER) != EULER:
+        raise InvalidModelFolderError(
+            f"scheduler_config.json names {config['_class_name']!r}; {od_config.model_class_name} runs with {EULER}"
+        )
+    shifted_sigmas([1.0], 1.0, config)
+    return config
 
 
 def resolution_shift(num_tokens: int, config: Mapping[str, Any]) -> float:

@@ -12,6 +12,7 @@ import torch
 from vllm_omni.diffusion.denoise import Sampler
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.schedulers.flow_match import (
+    EULER,
     NUM_TRAIN_TIMESTEPS,
     FlowMatchEuler,
     request_sigmas,
@@ -20,7 +21,6 @@ from vllm_omni.diffusion.schedulers.flow_match import (
 from vllm_omni.diffusion.schedulers.unipc import UniPC, check_unipc_config, unipc_schedule
 from vllm_omni.errors import InvalidModelFolderError
 
-_EULER = "FlowMatchEulerDiscreteScheduler"
 _UNIPC = "UniPCMultistepScheduler"
 
 
@@ -36,8 +36,8 @@ class FlowSchedule:
 def check_scheduler_config(config: Mapping[str, Any]) -> None:
     """Raises ``InvalidModelFolderError`` for a ``scheduler_config.json`` that :func:`flow_schedule` does not take."""
     class_name = config.get("_class_name")
-    if class_name not in (_EULER, _UNIPC):
-        raise InvalidModelFolderError(f"scheduler_config.json: {class_name!r} must be {_EULER} or {_UNIPC}")
+    if class_name not in (EULER, _UNIPC):
+        raise InvalidModelFolderError(f"scheduler_config.json: {class_name!r} must be {EULER} or {_UNIPC}")
     if config.get("use_dynamic_shifting"):
         raise InvalidModelFolderError(
             "scheduler_config.json sets use_dynamic_shifting, which this model has no rule for"

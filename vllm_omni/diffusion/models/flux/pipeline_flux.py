@@ -30,7 +30,7 @@ from vllm_omni.diffusion.model_loader.weights import AutoWeightsLoader
 from vllm_omni.diffusion.models.flux.flux_transformer import FluxTransformer2DModel
 from vllm_omni.diffusion.postprocess import images_from_pixels
 from vllm_omni.diffusion.request import OmniDiffusionRequest
-from vllm_omni.diffusion.schedulers.flow_match import FlowMatchEuler, request_sigmas, resolution_shift
+from vllm_omni.diffusion.schedulers.flow_match import FlowMatchEuler, euler_config, request_sigmas, resolution_shift
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.errors import InvalidRequestError
 
@@ -67,7 +67,7 @@ class FluxPipeline(nn.Module):
         self.od_config = od_config
         self.device = get_local_device()
         self.dtype = od_config.torch_dtype
-        self.scheduler_config = od_config.component_config("scheduler", "scheduler_config.json")
+        self.scheduler_config = euler_config(od_config)
         self.token_side = token_side(od_config)
         self.tokenizer = load_tokenizer(CLIPTokenizer, od_config)
         self.tokenizer_2 = load_tokenizer(T5Tokenizer, od_config, "tokenizer_2")

@@ -24,7 +24,7 @@ from vllm_omni.diffusion.model_loader.weights import AutoWeightsLoader
 from vllm_omni.diffusion.models.qwen_image import common
 from vllm_omni.diffusion.postprocess import images_from_pixels
 from vllm_omni.diffusion.request import OmniDiffusionRequest
-from vllm_omni.diffusion.schedulers.flow_match import request_sigmas, resolution_shift
+from vllm_omni.diffusion.schedulers.flow_match import euler_config, request_sigmas, resolution_shift
 
 
 def get_qwen_image_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
@@ -43,7 +43,7 @@ class QwenImagePipeline(nn.Module):
         self.od_config = od_config
         self.device = get_local_device()
         self.dtype = od_config.torch_dtype
-        self.scheduler_config = od_config.component_config("scheduler", "scheduler_config.json")
+        self.scheduler_config = euler_config(od_config)
         self.vae_scale_factor = common.vae_scale_factor(od_config)
         self.tokenizer = load_tokenizer(Qwen2Tokenizer, od_config)
         # Vision tower and language head take no part in text to image, so they are not kept.

@@ -33,7 +33,7 @@ from vllm_omni.diffusion.model_loader.weights import AutoWeightsLoader
 from vllm_omni.diffusion.models.qwen_image import captions, common, pictures
 from vllm_omni.diffusion.postprocess import images_from_pixels
 from vllm_omni.diffusion.request import OmniDiffusionRequest
-from vllm_omni.diffusion.schedulers.flow_match import request_sigmas
+from vllm_omni.diffusion.schedulers.flow_match import euler_config, request_sigmas
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.images import prompt_images
 
@@ -78,7 +78,7 @@ class QwenImageLayeredPipeline(nn.Module):
         self.od_config = od_config
         self.device = get_local_device()
         self.dtype = od_config.torch_dtype
-        self.scheduler_config = od_config.component_config("scheduler", "scheduler_config.json")
+        self.scheduler_config = euler_config(od_config)
         self.vae_scale_factor = common.vae_scale_factor(od_config)
         self.tokenizer = load_tokenizer(Qwen2Tokenizer, od_config)
         self.image_processor = load_image_processor(Qwen2VLImageProcessorPil, od_config)
