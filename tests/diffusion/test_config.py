@@ -112,6 +112,11 @@ def test_a_broken_or_foreign_model_index_is_refused(broken):
     index.write_text("{")
     with pytest.raises(InvalidModelFolderError, match="not valid JSON"):
         Omni(str(broken))
+    index.unlink()
+    index.mkdir()
+    with pytest.raises(InvalidModelFolderError, match="cannot be read: Is a directory"):
+        Omni(broken)
+    index.rmdir()
     index.write_text("{}")
     with pytest.raises(InvalidModelFolderError, match="_class_name"):
         Omni(str(broken))
@@ -148,6 +153,30 @@ def test_weights_that_are_cut_off_or_missing_are_refused(broken, component):
         Omni(str(broken))
 
 
+@pytest.mark.parametrize("header", [[1], {"a": 3}, {"a": {"dtype": "F32", "shape": [1]}}])
+def test_a_header_that_is_not_one_of_safetensors_is_refused(broken, header):
+    (file,) = (broken / "transformer").glob("*.safetensors")
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
+    with pytest.raises(WeightsError, match="is damaged: its header is not that of safetensors"):
+        Omni(broken)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_class_name": "DDIMScheduler"}, "'DDIMScheduler'; QwenImagePipeline runs with FlowMatchEulerDiscrete"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas, which is not supported"),
+        ({"use_dynamic_shifting": True, "time_shift_type": "cubic"}, "time_shift_type='cubic' is not supported"),
+    ],
+)
+def test_a_scheduler_that_would_not_run_as_it_says_is_refused(broken, changes, message):
+    file = broken / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(InvalidModelFolderError, match=message):
+        Omni(broken)
+
+
 def test_a_shard_that_the_index_names_must_be_there(broken):
     (file,) = (broken / "transformer").glob("*.safetensors")
     index = {"weight_map": {"a": file.name, "b": "second.safetensors"}}
@@ -172,6 +201,9 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(qwen_folder, m
 def test_sampling_defaults_of_a_checkpoint_must_be_sound(broken):
     (broken / "sampling_defaults.json").write_text(json.dumps({"steps": 3}))
     with pytest.raises(InvalidModelFolderError, match=r"sampling_defaults\.json.*'steps'"):
+        Omni(str(broken))
+    (broken / "sampling_defaults.json").write_text(json.dumps({"negative_prompt": 3}))
+    with pytest.raises(InvalidModelFolderError, match=r"sampling_defaults\.json.*negative_prompt must be a str"):
         Omni(str(broken))
 
 

@@ -205,6 +205,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InvalidModelFolderError(f"{path} is missing; a diffusers pipeline folder has it") from None
+    except OSError as error:
+        raise InvalidModelFolderError(f"{path} cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InvalidModelFolderError(f"{path} is not valid JSON: {error}") from error
 

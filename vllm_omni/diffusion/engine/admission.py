@@ -43,6 +43,7 @@ def read_sampling_defaults(od_config: OmniDiffusionConfig) -> dict[str, Any]:
         raise InvalidModelFolderError(f"{path} must hold a JSON object")
     try:
         OmniDiffusionSamplingParams(**{key: value for key, value in defaults.items() if key != "negative_prompt"})
+        normalize_prompt({"prompt": "", "negative_prompt": defaults.get("negative_prompt")})
     except InvalidRequestError as error:
         raise InvalidModelFolderError(f"{path}: {error}") from error
     return defaults

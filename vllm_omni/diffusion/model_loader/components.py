@@ -110,7 +110,7 @@ def _load_processor(processor_class: Any, od_config: OmniDiffusionConfig, subfol
         raise InvalidModelFolderError(f"{folder} is missing; a diffusers pipeline folder has it")
     try:
         return processor_class.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise InvalidModelFolderError(f"{folder} holds no {noun} that loads: {error}") from error
 
 

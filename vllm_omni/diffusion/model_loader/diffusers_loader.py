@@ -130,13 +130,15 @@ class DiffusersPipelineLoader:
 
 def _bytes_in(path: Path, dtype: torch.dtype) -> int:
     """Bytes of a safetensors file's tensors once they are in ``dtype``; floats of any width count as such."""
-    header = _safetensors_header(path)
     total = 0
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, stop = entry["data_offsets"]
-            width = _FLOAT_WIDTHS.get(entry["dtype"])
-            total += (stop - start) if width is None else (stop - start) // width * dtype.itemsize
+    try:
+        for name, entry in _safetensors_header(path).items():
+            if name != "__metadata__":
+                start, stop = entry["data_offsets"]
+                width = _FLOAT_WIDTHS.get(entry["dtype"])
+                total += (stop - start) if width is None else (stop - start) // width * dtype.itemsize
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path} is damaged: its header is not that of safetensors; download it again") from error
     return total
 
 
