@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 import gc
 
 import pytest
 import torch
 
 from vllm_omni import Omni, OmniDiffusionSamplingParams
+from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.denoise import DenoiseState
+from vllm_omni.diffusion.engine.results import _accelerations
 from vllm_omni.errors import (
     EngineClosedError,
     GenerationError,
@@ -50,6 +53,13 @@ def test_the_receipt_and_the_metrics_say_what_ran(qwen_omni, qwen_folder):
     assert all(seconds > 0 for seconds in stages)
     assert metrics.total_s >= sum(stages)
     assert metrics.peak_memory_bytes > 10**6
+
+
+def test_the_receipt_says_how_ranks_shared_the_work(qwen_omni):
+    shared = DiffusionParallelConfig(ulysses_degree=2, cfg_parallel_size=2)
+    config = dataclasses.replace(qwen_omni.od_config, parallel_config=shared)
+    assert _accelerations(config, None) == ("cfg_parallel_size=2", "ulysses_degree=2")
+    assert _accelerations(qwen_omni.od_config, None) == ()
 
 
 def test_a_drawn_seed_in_the_receipt_makes_the_picture_again(qwen_omni):

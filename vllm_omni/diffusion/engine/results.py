@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig, RequestSpec
@@ -134,6 +134,8 @@ def _accelerations(config: OmniDiffusionConfig, step_cache: StepCacheUse | None)
     names = [name for name in ("vae_use_slicing", "vae_use_tiling") if getattr(config.memory, name)]
     if config.enable_prompt_embed_cache:
         names.append("enable_prompt_embed_cache")
+    shares = {f.name: (getattr(config.parallel_config, f.name), f.default) for f in fields(config.parallel_config)}
+    names += [f"{name}={value}" for name, (value, default) in shares.items() if value != default]
     if step_cache is not None:
         counts = f"skipped {step_cache.num_skipped} of {step_cache.num_forwards} forwards"
         names.append(f"{config.cache.cache_backend}: {counts}")
