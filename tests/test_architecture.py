@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tools import lines_per_family
+from vllm_omni import errors
 
 ROOT = Path(__file__).parent.parent / "vllm_omni"
 
@@ -148,3 +149,9 @@ def test_the_lines_beside_those_of_diffusers_are_true(page):
     for names, stated in rows:
         files = [next((ROOT / "diffusion").rglob(name)) for name in re.findall(r"`(\w+\.py)`", names)]
         assert int(stated.replace(",", "")) == pytest.approx(lines_per_family.num_lines(files), rel=0.1), names
+
+
+def test_every_error_that_a_user_can_meet_is_documented():
+    page = (ROOT.parent / "docs/parameters.md").read_text()
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+    assert {name for name in kinds if f"`{name}`" not in page} == set()
