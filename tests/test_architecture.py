@@ -154,4 +154,4 @@ def test_the_lines_beside_those_of_diffusers_are_true(page):
 def test_every_error_that_a_user_can_meet_is_documented():
     page = (ROOT.parent / "docs/parameters.md").read_text()
     kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
-    assert {name for name in kinds if f"`{name}`" not in page} == set()
+    assert {name for name in kinds if f"{name}`" not in page} == set()
