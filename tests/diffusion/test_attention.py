@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vllm_omni.diffusion.attention import selector
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.attention.selector import attention_backend, check_backend, select_backend
@@ -80,6 +81,16 @@ def test_a_layer_keeps_the_backend_that_was_asked_for_when_it_was_built():
             layer = Attention(num_heads=4, head_size=8)
         with pytest.raises(AttentionBackendError, match="needs an NVIDIA GPU"):
             layer(*inputs())
+
+
+def test_the_backend_that_was_chosen_is_logged_once(caplog):
+    selector._name_of_choice.cache_clear()
+    for once in selector.logger.filters:
+        once._seen.clear()
+    with caplog.at_level("INFO", logger="vllm_omni"):
+        for head_size in (8, 16, 8):
+            Attention(num_heads=4, head_size=head_size)(*inputs(head_size=head_size))
+    assert [record.getMessage() for record in caplog.records] == ["attention backend: TORCH_SDPA"]
 
 
 def test_heads_that_do_not_group_are_refused():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from vllm_omni import Omni
 from vllm_omni.diffusion.data import OmniDiffusionConfig, engine_options
 from vllm_omni.diffusion.engine.configure import configure
 from vllm_omni.diffusion.model_loader import utils
+from vllm_omni.diffusion.model_loader.weights import iterate_weights
 from vllm_omni.errors import (
     AttentionBackendError,
     FeatureNotAvailableError,
@@ -175,6 +177,23 @@ def test_a_scheduler_that_would_not_run_as_it_says_is_refused(broken, changes, m
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     with pytest.raises(InvalidModelFolderError, match=message):
         Omni(broken)
+
+
+def test_weights_stream_so_that_no_second_copy_of_the_model_is_in_memory(qwen_folder, monkeypatch):
+    alive: list[weakref.ref] = []
+    most = []
+
+    def watched(files):
+        for name, tensor in iterate_weights(files):
+            alive[:] = [reference for reference in alive if reference() is not None] + [weakref.ref(tensor)]
+            most.append(len(alive))
+            yield name, tensor
+
+    monkeypatch.setattr("vllm_omni.diffusion.model_loader.diffusers_loader.iterate_weights", watched)
+    with Omni(qwen_folder):
+        assert len(most) > 20
+        # The one that is being loaded, and the one before it until its name is bound anew.
+        assert max(most) <= 2
 
 
 def test_a_shard_that_the_index_names_must_be_there(broken):
