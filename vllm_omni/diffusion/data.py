@@ -131,6 +131,9 @@ class OmniDiffusionConfig:
         "attention backend by name; absent: DIFFUSION_ATTENTION_BACKEND, else the fastest that the inputs allow",
         choices=ATTENTION_BACKENDS,
     )
+    attention_dtype: Literal["fp8"] | None = _option(
+        None, "fp8: self-attention in 8 bits, by FlashAttention 3; absent: in the model's dtype", choices=("fp8",)
+    )
     enforce_eager: bool = _option(
         True, "run the transformer as it is written; False compiles its repeated blocks with torch.compile"
     )

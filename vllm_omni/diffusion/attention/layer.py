@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.fp8 import BACKEND_NAME, ScaledHeads, attend
 from vllm_omni.diffusion.attention.selector import requested_backend, select_backend
 from vllm_omni.diffusion.attention.sequence_parallel import split_attention
 from vllm_omni.diffusion.distributed.groups import current_groups
@@ -68,13 +69,22 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        query: torch.Tensor | ScaledHeads,
+        key: torch.Tensor | ScaledHeads,
+        value: torch.Tensor | ScaledHeads,
         attn_metadata: AttentionMetadata | None = None,
     ) -> torch.Tensor:
-        """``[B, S, H, D], [B, K, G, D], [B, K, G, D] -> [B, S, H, D]``."""
+        """``[B, S, H, D], [B, K, G, D], [B, K, G, D] -> [B, S, H, D]``. Heads in FP8 are attended in FP8."""
         attn_mask = None if attn_metadata is None else attn_metadata.attn_mask
+        if isinstance(query, ScaledHeads) and isinstance(key, ScaledHeads) and isinstance(value, ScaledHeads):
+            if attn_mask is None:
+                setattr(self._used, BACKEND_NAME, True)
+                return attend(query, key, value, self.softmax_scale, self.causal)
+            # The kernel takes no mask.
+            query, key, value = query.restored(), key.restored(), value.restored()
+        assert isinstance(query, torch.Tensor)
+        assert isinstance(key, torch.Tensor)
+        assert isinstance(value, torch.Tensor)
         if self._is_split:
             # Lengths of other ranks and what is passed around are no business of a trace.
             run = _traced_split_attention if torch.compiler.is_compiling() else _split_or_whole

@@ -24,8 +24,13 @@ class RMSNorm(nn.Module):
 
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
         self.weight = nn.Parameter(torch.ones(hidden_size), requires_grad=False)
         self.eps = eps
+
+    def bound(self) -> torch.Tensor:
+        """The largest absolute value that an output can have, in float32: one feature is at most the whole norm."""
+        return self.hidden_size**0.5 * self.weight.float().abs().amax()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., D] -> [..., D]``, computed in float32."""
@@ -40,8 +45,8 @@ class ColumnParallelRMSNorm(RMSNorm):
 
     def __init__(self, hidden_size: int, eps: float = 1e-6, *, tp: TensorParallelRank | None = None) -> None:
         self.tp = current_tensor_parallel_rank() if tp is None else tp
-        self.hidden_size = hidden_size
         super().__init__(self.tp.divide(hidden_size, "hidden_size"), eps)
+        self.hidden_size = hidden_size
         self.spans_ranks = self.tp.size > 1
         self.weight.weight_loader = self.load_parameter  # type: ignore[attr-defined]
 

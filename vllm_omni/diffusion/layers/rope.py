@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from vllm_omni.diffusion.attention.fp8 import ScaledHeads, bounded_heads, is_fp8_attention, quantize_heads
 from vllm_omni.diffusion.layers import kernels
 from vllm_omni.diffusion.layers.norm import RMSNorm
 
@@ -54,7 +55,8 @@ class QKNormRope(nn.Module):
     """RMS normalisation of query and key, then their rotation, from the output of a fused projection.
 
     The norms are of single heads, ``D`` weights, or of all heads together, ``H * D`` and ``G * D``. Text tokens of a
-    joint sequence may have norms of their own.
+    joint sequence may have norms of their own. For attention in FP8 it hands out heads in FP8: query and key with the
+    scale that their norms bound them by, value with that of the largest value of each head.
     """
 
     def __init__(self, num_heads: int, num_kv_heads: int | None = None, *, is_neox_style: bool = False) -> None:
@@ -62,6 +64,7 @@ class QKNormRope(nn.Module):
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.rotary = RotaryEmbedding(is_neox_style)
+        self._is_fp8 = is_fp8_attention()
 
     def forward(
         self,
@@ -70,18 +73,18 @@ class QKNormRope(nn.Module):
         norm_key: RMSNorm,
         rope: tuple[torch.Tensor, torch.Tensor],
         text: TextNorms | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...] | tuple[ScaledHeads, ...]:
         """``qkv [B, S, (H + 2 G) * D], rope [S, D / 2] x 2 -> query [B, S, H, D], key and value [B, S, G, D]``."""
         head_size = 2 * rope[0].shape[-1]
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         query, key, value = (
             part.unflatten(-1, (-1, head_size)) for part in qkv.split([n * head_size for n in heads], dim=-1)
         )
+        first = TextNorms(norm_query, norm_key, 0) if text is None else text
         if kernels.take(qkv) and not norm_query.spans_ranks:
             from vllm_omni.diffusion.layers.kernels.rope import qk_norm_rope_op
 
-            first = TextNorms(norm_query, norm_key, 0) if text is None else text
-            query, key = qk_norm_rope_op(
+            query, key, scales = qk_norm_rope_op(
                 qkv,
                 norm_query.weight,
                 norm_key.weight,
@@ -93,8 +96,17 @@ class QKNormRope(nn.Module):
                 first.num_tokens,
                 norm_query.eps,
                 self.rotary.is_neox_style,
+                self._is_fp8,
             )
-            return query, key, value
+            if not self._is_fp8:
+                return query, key, value
+            scale_shape = (qkv.shape[0], self.num_kv_heads)
+            query_scale, key_scale = scales[0].expand(scale_shape), scales[1].expand(scale_shape)
+            return (
+                ScaledHeads(query, query_scale, qkv.dtype),
+                ScaledHeads(key, key_scale, qkv.dtype),
+                quantize_heads(value),
+            )
         normalized = _normalized(query, key, norm_query, norm_key)
         if text is not None:
             tokens = slice(text.num_tokens)
@@ -103,7 +115,14 @@ class QKNormRope(nn.Module):
             normalized = torch.cat(both, dim=1)
         # One rotation of both: half the launches, and the angles are read once.
         rotated = self.rotary(normalized, *rope)
-        return rotated[:, :, : self.num_heads], rotated[:, :, self.num_heads :], value
+        query, key = rotated[:, :, : self.num_heads], rotated[:, :, self.num_heads :]
+        if not self._is_fp8:
+            return query, key, value
+        # Text and image share a scale.
+        shape = (qkv.shape[0], self.num_kv_heads)
+        query_bound = torch.maximum(norm_query.bound(), first.query.bound()).expand(shape)
+        key_bound = torch.maximum(norm_key.bound(), first.key.bound()).expand(shape)
+        return bounded_heads(query, query_bound), bounded_heads(key, key_bound), quantize_heads(value)
 
 
 def _normalized(query: torch.Tensor, key: torch.Tensor, norm_query: RMSNorm, norm_key: RMSNorm) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from vllm_omni.diffusion.attention.fp8 import attention_dtype, check_attention_dtype
 from vllm_omni.diffusion.attention.selector import attention_backend, check_backend
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.groups import current_groups
@@ -67,6 +68,7 @@ class DiffusersPipelineLoader:
         """
         config = self.od_config
         check_backend(config.attention_backend, config.torch_device)
+        check_attention_dtype(config)
         check_quantization(config)
         if config.load_format == "auto":
             self._check_memory()
@@ -77,6 +79,7 @@ class DiffusersPipelineLoader:
             default_dtype(config.torch_dtype),
             local_device(config.torch_device),
             attention_backend(config.attention_backend),
+            attention_dtype(config.attention_dtype),
             quantized_linears(config),
         ):
             pipeline = pipeline_class(od_config=config)

@@ -26,6 +26,7 @@ from vllm_omni.diffusion.distributed.vae_parallel import share_tiles
 from vllm_omni.diffusion.distributed.weight_sharding import shard_weights
 from vllm_omni.diffusion.encoders.prompt_cache import PromptEmbedCache
 from vllm_omni.diffusion.latent_preview import LatentPreview
+from vllm_omni.diffusion.layers.rope import QKNormRope
 from vllm_omni.diffusion.model_loader.components import fill_with_random_weights
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader, LoadProgress
 from vllm_omni.diffusion.registry import resolve_diffusion_model
@@ -103,6 +104,11 @@ class ModelRunner:
     def _check_pipeline(self, pipeline: nn.Module) -> None:
         """Refuse what the pipeline cannot do, before its weights are read."""
         check_compile(pipeline, self._config)
+        if self._config.attention_dtype is not None and not any(isinstance(m, QKNormRope) for m in pipeline.modules()):
+            raise FeatureNotAvailableError(
+                f"attention_dtype={self._config.attention_dtype!r}: {type(pipeline).__name__} has no attention that"
+                " normalises and rotates query and key by QKNormRope; leave the option out"
+            )
         if self._groups.sequence.size > 1:
             check_sequence_plans(pipeline)
 

@@ -81,6 +81,56 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax_scale
     return query.new_empty(query.shape)
 
 
+def _run_fp8(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_scale: torch.Tensor,
+    key_scale: torch.Tensor,
+    value_scale: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+) -> torch.Tensor:
+    output = _kernel(9)(
+        query,
+        key,
+        value,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        q_descale=query_scale,
+        k_descale=key_scale,
+        v_descale=value_scale,
+    )
+    first: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return first
+
+
+_fp8_flash_attention = torch.library.custom_op("vllm_omni::fp8_flash_attention", _run_fp8, mutates_args=())
+
+
+@_fp8_flash_attention.register_fake
+def _(query: torch.Tensor, *_: object) -> torch.Tensor:
+    return query.new_empty(query.shape, dtype=torch.bfloat16)
+
+
+def fp8_flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_scale: torch.Tensor,
+    key_scale: torch.Tensor,
+    value_scale: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+) -> torch.Tensor:
+    """``query [B, S, H, D], key and value [B, K, G, D]`` in FP8, scales ``[B, G] -> [B, S, H, D]`` in bfloat16.
+
+    Version 3 only. It keeps the probabilities in FP8 as well, and sums in float32.
+    """
+    run = _fp8_flash_attention if torch.compiler.is_compiling() else _run_fp8
+    return run(query, key, value, query_scale, key_scale, value_scale, softmax_scale, causal)
+
+
 def has_flash_attention_3(major: int) -> bool:
     """Whether version 3 is what runs on a GPU of compute capability ``major``."""
     return _package(major) == _PACKAGE_3
