@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.clocks import clocks_while
 from benchmarks.full_size_models import MODELS, FullSizeModel, Inputs
 from benchmarks.kernel_profile import write_profile
 from benchmarks.peer_attention import provide_flash_attention_3
@@ -40,6 +41,7 @@ OUR_MODES: dict[str, dict[str, Any]] = {
     "eager": {},
     "compiled": {"enforce_eager": False},
     "fp8": {"enforce_eager": False, "quantization": "fp8"},
+    "fp8 with attention": {"enforce_eager": False, "quantization": "fp8", "attention_dtype": "fp8"},
 }
 
 
@@ -57,6 +59,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only-graphs", action="store_true", help="do not time compiled modes without CUDA graphs")
     parser.add_argument("--lock", type=Path)
+    parser.add_argument("--clocks", action="store_true", help="read the GPU's clock and power during further forwards")
     parser.add_argument("--profile", type=Path, help="folder for a table of kernels of each mode")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -97,6 +100,7 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
 
 def built(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Any, Any]:
     """Our transformer with random weights, and its configuration."""
+    from vllm_omni.diffusion.attention.fp8 import attention_dtype
     from vllm_omni.diffusion.data import OmniDiffusionConfig
     from vllm_omni.diffusion.model_loader.components import default_dtype, fill_with_random_weights
     from vllm_omni.diffusion.quantization import quantized_linears
@@ -108,7 +112,12 @@ def built(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Any, Any]:
     )
     model_class = model.our_class()
     kwargs = get_transformer_config_kwargs(config_of(model, args.layers), model_class)
-    with torch.device(args.device), default_dtype(torch.bfloat16), quantized_linears(od_config):
+    with (
+        torch.device(args.device),
+        default_dtype(torch.bfloat16),
+        quantized_linears(od_config),
+        attention_dtype(od_config.attention_dtype),
+    ):
         transformer = model_class(od_config=od_config, **kwargs).eval()
     fill_with_random_weights(transformer)
     return transformer, od_config
@@ -165,7 +174,8 @@ def measured(args: argparse.Namespace, name: str, forward: Callable[[], Any]) ->
             synchronize(args.device)
             device_ms.append(1000 * (time.perf_counter() - started))
         if args.profile is not None:
-            write_profile(args.profile / f"{args.model}-{name}.txt", forward)
+            write_profile(args.profile / f"{args.model}-{name.replace(' ', '-')}.txt", forward)
+        clocks = clocks_while(forward, args.forwards) if args.clocks else {}
     peak = torch.cuda.max_memory_allocated() / 2**30 if args.device.startswith("cuda") else 0.0
     figures = {
         "ms": median(device_ms),
@@ -173,6 +183,7 @@ def measured(args: argparse.Namespace, name: str, forward: Callable[[], Any]) ->
         "host_ms": median(host_ms),
         "first_s": first_s,
         "peak_memory_gib": peak,
+        **clocks,
     }
     print(name, {key: round(value, 2) for key, value in figures.items()}, file=sys.stderr, flush=True)
     return figures

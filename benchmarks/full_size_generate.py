@@ -7,7 +7,7 @@
 Needs a GPU with 80 GB. bfloat16; FLUX.1-dev takes 28 steps, Qwen-Image 50 steps with classifier-free guidance, unless
 ``--steps`` says otherwise. Text encoders are in memory and not run. A cache skips by a fixed pattern
 (``cache_dit`` with a static mask): what a threshold would skip means nothing with random weights. Each case runs in a
-process of its own.
+process of its own. The case ``diffusers`` is its pipeline with the same inputs, its blocks compiled.
 """
 
 from __future__ import annotations
@@ -25,18 +25,23 @@ import torch
 
 from benchmarks.full_size import exclusive, shared
 from benchmarks.full_size_models import CONFIGS
+from benchmarks.full_size_peer import compiled_peer
 from benchmarks.report import environment, median, write_json
 
 _CACHE = {
     "cache_backend": "cache_dit",
     "cache_config": {"scm_steps_mask_policy": "medium", "scm_steps_policy": "static"},
 }
+_FP8 = {"quantization": "fp8", "attention_dtype": "fp8"}
 CASES: dict[str, dict[str, Any]] = {
     "eager": {},
     "compiled": {"enforce_eager": False},
     "compiled, cache": {"enforce_eager": False, **_CACHE},
     "fp8": {"enforce_eager": False, "quantization": "fp8"},
     "fp8, cache": {"enforce_eager": False, "quantization": "fp8", **_CACHE},
+    "fp8 with attention": {"enforce_eager": False, **_FP8},
+    "fp8 with attention, cache": {"enforce_eager": False, **_FP8, **_CACHE},
+    "diffusers": {},
 }
 STEPS = {"flux": 28, "qwen-image": 50}
 
@@ -88,12 +93,50 @@ def _one_layer(config: dict[str, Any]) -> dict[str, Any]:
     return shorter
 
 
+def folder_of(args: argparse.Namespace) -> Path:
+    folder = CONFIGS / {"flux": "flux.1-dev", "qwen-image": "qwen-image"}[args.model]
+    if args.scratch is None:
+        return folder
+    return copied(folder, args.scratch, one_text_layer=True)  # text encoders are not run
+
+
+def measure_diffusers(args: argparse.Namespace) -> dict[str, Any]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    steps = STEPS[args.model] if args.steps is None else args.steps
+    inputs: dict[str, Any] = {"height": args.side, "width": args.side}
+    if args.model == "qwen-image":
+        inputs["true_cfg_scale"] = 4.0
+    results: dict[str, Any] = {}
+    started = time.perf_counter()
+    with shared(args.lock):
+        pipeline = compiled_peer(folder_of(args), device)
+        results["start_s"] = time.perf_counter() - started
+        for batch in args.batches:
+            pipeline(num_inference_steps=4, **inputs, **peer_prompts(args.model, batch, device))
+        results["first_pictures_s"] = time.perf_counter() - started
+    for batch in args.batches:
+        prompts = peer_prompts(args.model, batch, device)
+        with exclusive(args.lock):
+            seconds = []
+            for _ in range(args.trials):
+                started = time.perf_counter()
+                pipeline(num_inference_steps=steps, **inputs, **prompts)
+                seconds.append(time.perf_counter() - started)
+        results[f"batch {batch}"] = {"seconds": median(seconds), "pictures_per_second": batch / median(seconds)}
+        print(args.model, args.case, batch, results[f"batch {batch}"], file=sys.stderr, flush=True)
+    return results
+
+
+def peer_prompts(model: str, batch: int, device: str) -> dict[str, torch.Tensor]:
+    """The prompts of a batch as the diffusers pipeline takes them."""
+    prompts = [prompt(model, seed) for seed in range(batch)]
+    return {name: torch.cat([each[name] for each in prompts]).to(device, torch.bfloat16) for name in prompts[0]}
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     from vllm_omni import Omni, OmniDiffusionSamplingParams
 
-    folder = CONFIGS / {"flux": "flux.1-dev", "qwen-image": "qwen-image"}[args.model]
-    if args.scratch is not None:  # text encoders are not run
-        folder = copied(folder, args.scratch, one_text_layer=True)
+    folder = folder_of(args)
     steps = STEPS[args.model] if args.steps is None else args.steps
     params = OmniDiffusionSamplingParams(height=args.side, width=args.side, num_inference_steps=steps, seed=0)
     few = OmniDiffusionSamplingParams(height=args.side, width=args.side, num_inference_steps=4, seed=0)
@@ -131,7 +174,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     args = parse_args()
     if args.case is not None:
-        print(json.dumps({"environment": environment(), **measure(args)}))
+        measured = measure_diffusers(args) if args.case == "diffusers" else measure(args)
+        print(json.dumps({"environment": environment(), **measured}))
         return
     results: dict[str, Any] = {"model": args.model, "side": args.side, "steps": args.steps or STEPS[args.model]}
     for case in args.cases:

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent / "vllm_omni"
 
 # From the bottom up. A module belongs to the longest entry that is a prefix of its path.
 LAYERS: list[tuple[str, ...]] = [
-    ("logger", "envs", "errors", "version"),
-    ("inputs", "outputs", "diffusion/request", "diffusion/data", "diffusion/cache_config"),
+    ("logger", "envs", "errors", "version", "diffusion/options"),
+    ("inputs", "outputs", "diffusion/request", "diffusion/data", "diffusion/cache_config", "diffusion/start_config"),
     ("platforms", "diffusion/distributed"),
     ("diffusion/attention", "diffusion/layers", "diffusion/quantization"),
     (

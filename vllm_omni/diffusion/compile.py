@@ -7,7 +7,9 @@ that pictures of another size or texts of another length run the code that is th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +63,10 @@ def apply_compile(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> Compil
     check_compile(pipeline, od_config)
     if od_config.enforce_eager:
         return None
+    if od_config.start.compile_cache_dir is not None:
+        # torch has no other way to say it. It reads the variables when it compiles.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = od_config.start.compile_cache_dir
+        os.environ["TRITON_CACHE_DIR"] = str(Path(od_config.start.compile_cache_dir) / "triton")
     blocks = CompiledBlocks()
     for transformer, names in repeated_blocks(pipeline):
         for block in transformer.modules():

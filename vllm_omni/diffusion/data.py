@@ -15,7 +15,10 @@ from typing import Any, Literal
 import torch
 
 from vllm_omni.diffusion.cache_config import CACHE_BACKENDS, StepCacheConfig, step_cache_config
+from vllm_omni.diffusion.options import option as _option
+from vllm_omni.diffusion.options import planned as _planned
 from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.diffusion.start_config import StartConfig
 from vllm_omni.errors import (
     FeatureNotAvailableError,
     InvalidConfigError,
@@ -37,15 +40,6 @@ TASKS: dict[str, bool] = {
     "image-to-video": True,
 }
 ATTENTION_BACKENDS = ("TORCH_SDPA", "CUDNN_ATTN", "FLASH_ATTN")
-
-
-def _option(default: Any, help_text: str, **extra: Any) -> Any:
-    return field(default=default, metadata={"help": help_text, **extra})
-
-
-def _planned(default: Any, feature: str, **extra: Any) -> Any:
-    """An option whose feature is not there yet: any other value than the default is refused by name."""
-    return field(default=default, metadata={"help": f"{feature} (not available yet)", "planned": feature, **extra})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +99,7 @@ _NESTED: dict[str, type[Any]] = {
     "parallel_config": DiffusionParallelConfig,
     "cache": CacheConfig,
     "memory": MemoryConfig,
+    "start": StartConfig,
 }
 
 
@@ -156,9 +151,10 @@ class OmniDiffusionConfig:
     parallel_config: DiffusionParallelConfig = field(default_factory=DiffusionParallelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    start: StartConfig = field(default_factory=StartConfig)
 
     def __post_init__(self) -> None:
-        for part in (self, self.parallel_config, self.cache, self.memory):
+        for part in (self, self.parallel_config, self.cache, self.memory, self.start):
             for option in _plain_fields(type(part)):
                 _check_option(option, getattr(part, option.name))
         budget = self.memory_budget_mb

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from vllm_omni.diffusion.engine.configure import configure
 from vllm_omni.diffusion.engine.engine import Engine, EngineRound
+from vllm_omni.diffusion.engine.warm_up import warm_up
 from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.entrypoints.live_requests import LiveRequest, LiveRequests, RequestEvent, Watcher
@@ -52,6 +53,11 @@ class AsyncOmni:
         self.live = LiveRequests()
         self.od_config = configure(choose_model(model, task), options, task)
         self.engine = Engine(self.od_config, on_load_progress, self.live.needs_preview, is_online=True)
+        try:
+            warm_up(self.engine, is_server=True)
+        except BaseException:
+            self.engine.close()
+            raise
         self.listeners: list[Callable[[EngineRound], object]] = []  # the engine's thread tells them of each round
         self._max_queue = max_queue
         self._closed = False

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from vllm_omni.diffusion.data import TASKS
 from vllm_omni.diffusion.engine.configure import configure
 from vllm_omni.diffusion.engine.engine import Engine
+from vllm_omni.diffusion.engine.warm_up import warm_up
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import EngineClosedError, GenerationError, InvalidConfigError, InvalidRequestError, nearest_name
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, PromptInput
@@ -77,6 +78,11 @@ class Omni:
         self.od_config = configure(choose_model(model, task), options, task)
         with _LoadBar(self._show_progress) as bar:
             self._engine = Engine(self.od_config, bar.update)
+        try:
+            warm_up(self._engine, is_server=False)
+        except BaseException:
+            self.close()
+            raise
 
     def generate(
         self,

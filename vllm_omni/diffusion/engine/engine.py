@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vllm_omni.diffusion.data import OmniDiffusionConfig, SameAs
+from vllm_omni.diffusion.data import TASKS, OmniDiffusionConfig, SameAs
 from vllm_omni.diffusion.engine.admission import admit, read_sampling_defaults
 from vllm_omni.diffusion.engine.executor import Executor, make_executor
 from vllm_omni.diffusion.engine.memory_budget import MemoryBudget
@@ -95,6 +95,12 @@ class Engine:
     def takes_images(self) -> bool:
         """Whether a prompt may hold pictures."""
         return self._spec is not None and "multi_modal_data" in self._spec.prompt_keys
+
+    @property
+    def needs_image(self) -> bool:
+        """Whether the model starts from a picture, whatever it makes."""
+        tasks = () if self._spec is None else self._spec.tasks
+        return bool(tasks) and all(TASKS[task] for task in tasks)
 
     @property
     def request_defaults(self) -> dict[str, Any]:

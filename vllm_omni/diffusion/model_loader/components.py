@@ -46,7 +46,8 @@ def load_autoencoder(model_class: Any, od_config: OmniDiffusionConfig, subfolder
         fill_with_random_weights(vae)
     else:
         folder = Path(od_config.model) / subfolder
-        loaded = AutoWeightsLoader(vae).load_weights(iterate_weights(weight_files(folder, fall_back_to_pt=True)))
+        files = weight_files(folder, fall_back_to_pt=True)
+        loaded = AutoWeightsLoader(vae).load_weights(iterate_weights(files, od_config.torch_device))
         check_complete(vae.state_dict().keys(), loaded, str(folder))
     if od_config.torch_device.type == "cpu":
         use_squared_sums(vae)

@@ -108,8 +108,9 @@ class DiffusersPipelineLoader:
         files = [(source, path) for source in sources for path in source.files()]
         total = total_size(path for _, path in files)
         done = 0
+        device = torch.device("cpu") if self.od_config.parallel_config.use_hsdp else self.od_config.torch_device
         for source, path in files:
-            for name, tensor in iterate_weights([path]):
+            for name, tensor in iterate_weights([path], device):
                 yield source.prefix + name, tensor
                 done += tensor.numel() * tensor.element_size()
                 if self._on_progress is not None:

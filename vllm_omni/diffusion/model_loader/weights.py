@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +22,7 @@ from vllm_omni.diffusion.layers.linear_method import copy_weight
 from vllm_omni.errors import WeightsError
 
 _MAX_LISTED = 20
+_NUM_READERS = min(8, os.cpu_count() or 1)
 
 
 def weight_files(
@@ -51,23 +58,67 @@ def _indexed_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def iterate_weights(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of weight files, one tensor in memory at a time. Pickled files load as plain weights only."""
-    for path in files:
-        try:
-            if path.suffix == ".safetensors":
+def iterate_weights(
+    files: Iterable[Path], device: torch.device | None = None, num_readers: int = _NUM_READERS
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of weight files, in order, a few in memory at a time. Pickled files load as plain weights only.
+
+    For a GPU, the ``device`` that the weights are for, ``num_readers`` threads read ahead into memory that the GPU can
+    copy from by itself: one thread reads a file slower than the bus is.
+    """
+    reads_ahead = device is not None and device.type == "cuda"
+    with ThreadPoolExecutor(num_readers, "weights") as readers:
+        for path in files:
+            with _explained(path):
+                if path.suffix != ".safetensors":
+                    yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+                    continue
                 with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118  # the file is no dict
-                        yield name, file.get_tensor(name)
-            else:
-                yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
-        except pickle.UnpicklingError as error:
-            raise WeightsError(
-                f"{path} is damaged, or holds more than plain tensors, which could run code and is never loaded;"
-                " convert it to safetensors"
-            ) from error
-        except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-            raise WeightsError(f"{path} is damaged or truncated ({error}); download it again") from error
+                    names = list(file.keys())
+                    if reads_ahead:
+                        yield from _read_ahead(names, partial(_pinned, file), readers, num_readers)
+                    else:
+                        yield from ((name, file.get_tensor(name)) for name in names)
+
+
+def _read_ahead(
+    names: Sequence[str], read: Callable[[str], torch.Tensor], readers: ThreadPoolExecutor, num_ahead: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """``names`` in order with what ``read`` gives for each; the next ``num_ahead`` are being read meanwhile."""
+    pending: deque[tuple[str, Future[torch.Tensor]]] = deque()
+    try:
+        for name in names:
+            pending.append((name, readers.submit(read, name)))
+            if len(pending) > num_ahead:
+                first, future = pending.popleft()
+                yield first, future.result()
+        while pending:
+            first, future = pending.popleft()
+            yield first, future.result()
+    finally:
+        # Whoever stopped early closes the file, which must not be in use then.
+        for _, future in pending:
+            future.cancel()
+        wait([future for _, future in pending])
+
+
+def _pinned(file: Any, name: str) -> torch.Tensor:
+    tensor: torch.Tensor = file.get_tensor(name)  # not read yet: its memory is the file
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """What reading ``path`` raises, as a ``WeightsError``."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} is damaged, or holds more than plain tensors, which could run code and is never loaded;"
+            " convert it to safetensors"
+        ) from error
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+        raise WeightsError(f"{path} is damaged or truncated ({error}); download it again") from error
 
 
 def total_size(files: Iterable[Path]) -> int:
