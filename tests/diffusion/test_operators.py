@@ -1,4 +1,4 @@
-"""Operators that join products with what stands beside them, against their formula in float32; on a GPU where one is."""
+"""Operators that join products with what stands beside them, against their formula: on a GPU where there is one."""
 
 from __future__ import annotations
 
