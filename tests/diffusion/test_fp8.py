@@ -16,6 +16,7 @@ from vllm_omni.diffusion.layers.linear import (
     LinearBase,
     MergedColumnParallelLinear,
     MergedRowParallelLinear,
+    ModulationLinear,
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
@@ -93,7 +94,17 @@ def test_ranks_quantize_their_shards():
     assert_near(sum(partial), F.linear(x, weight))
 
 
-def test_embeddings_modulations_and_odd_sizes_stay_as_they_are():
+def test_of_a_modulation_the_weight_alone_is_quantized():
+    weight, bias, x = drawn(48, 64), drawn(48, seed=1), drawn(2, 64, seed=2)
+    layer = loaded(fp8(ModulationLinear, 64, 48), weight=weight, bias=bias)
+    assert layer.weight.dtype == torch.float8_e4m3fn
+    values, scales = quantize_rows(weight)
+    torch.testing.assert_close(layer(x), F.linear(x, values.float() * scales, bias))
+    assert_near(layer(x), F.linear(x, weight, bias), 0.035)
+    assert fp8(ModulationLinear, 60, 64).weight.dtype == torch.float32
+
+
+def test_embeddings_and_odd_sizes_stay_as_they_are():
     assert fp8(ReplicatedLinear, 64, 64).weight.dtype == torch.float32
     assert fp8(ColumnParallelLinear, 60, 64).weight.dtype == torch.float32
     assert fp8(MergedColumnParallelLinear, 64, (16, 8)).weight.dtype == torch.float32

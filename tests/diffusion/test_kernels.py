@@ -134,3 +134,16 @@ def test_a_row_of_zeros_stays_zero_in_fp8():
     )
     assert not values.float().any()
     assert torch.isfinite(scales).all()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 9])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_few_rows_by_a_weight_in_fp8(rows, has_bias):
+    width, features = (3072, 18432) if DEVICE == "cuda" else (80, 48)
+    x, weight = drawn(rows, width), drawn(features, width, seed=1)
+    bias = drawn(features, seed=2) if has_bias else None
+    scales = weight.float().abs().amax(1) / 448
+    quantized = (weight.float() / scales[:, None]).to(torch.float8_e4m3fn)
+    output = kernels("few_rows").few_rows_linear(x, quantized, scales[None], bias)
+    restored = quantized.float() * scales[:, None]
+    assert_near(output, F.linear(x.float(), restored, None if bias is None else bias.float()))

@@ -76,7 +76,7 @@ class LinearBase(nn.Module):
 class ReplicatedLinear(LinearBase):
     """The whole layer on every rank, never quantized.
 
-    It is for what has little work or wants its precision: embeddings of inputs, modulations, the last projection.
+    It is for what has little work or wants its precision: embeddings of inputs, the last projection.
     """
 
     def __init__(self, input_size: int, output_size: int, bias: bool = True) -> None:
@@ -84,6 +84,19 @@ class ReplicatedLinear(LinearBase):
 
     def _choose_linear_method(self) -> LinearMethod:
         return LinearMethod()
+
+
+class ModulationLinear(LinearBase):
+    """The whole layer on every rank, over one row per picture: its time is that of reading the weight.
+
+    Quantization reaches its weight alone.
+    """
+
+    def __init__(self, input_size: int, output_size: int, bias: bool = True) -> None:
+        super().__init__(input_size, output_size, bias, SINGLE_RANK)
+
+    def _choose_linear_method(self) -> LinearMethod:
+        return current_linear_method(self.input_size, self.output_size, weights_only=True)
 
 
 class ColumnParallelLinear(LinearBase):

@@ -80,17 +80,17 @@ class LinearMethod:
         return torch.cat([self.apply(layer, x), self.apply(other, y)], dim=1)
 
 
-# Whether and how a layer of this many input and output features is quantized.
-ChooseLinearMethod = Callable[[int, int], LinearMethod]
+# Whether and how a layer of this many input and output features is quantized, and whether in its weights alone.
+ChooseLinearMethod = Callable[[int, int, bool], LinearMethod]
 
 _choose_method: ContextVar[ChooseLinearMethod | None] = ContextVar("linear_method", default=None)
 
 
 @contextmanager
 def linear_method(choose: ChooseLinearMethod | None) -> Iterator[None]:
-    """Sharded linear layers that are built within the block compute by what ``choose`` gives; None is the plain way.
+    """Linear layers that are built within the block compute by what ``choose`` gives; None is the plain way.
 
-    Layers that every rank holds as a whole stay as they are: see :class:`ReplicatedLinear`.
+    Some stay as they are: see :class:`ReplicatedLinear`.
     """
     token = _choose_method.set(choose)
     try:
@@ -99,10 +99,10 @@ def linear_method(choose: ChooseLinearMethod | None) -> Iterator[None]:
         _choose_method.reset(token)
 
 
-def current_linear_method(input_size: int, output_size: int) -> LinearMethod:
+def current_linear_method(input_size: int, output_size: int, weights_only: bool = False) -> LinearMethod:
     """The method that :func:`linear_method` chooses at the moment for a layer of this size."""
     choose = _choose_method.get()
-    return LinearMethod() if choose is None else choose(input_size, output_size)
+    return LinearMethod() if choose is None else choose(input_size, output_size, weights_only)
 
 
 def copy_weight(target: torch.Tensor, loaded: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ Shapes: R rows (tokens), I input features, O output features.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from vllm_omni.diffusion.layers import kernels
 from vllm_omni.diffusion.layers.linear import LinearBase
@@ -20,10 +21,12 @@ _SMALLEST = 1e-12  # of a row of zeros
 _MULTIPLE = 16  # of the features that the scaled product takes
 
 
-def choose_fp8(input_size: int, output_size: int) -> LinearMethod:
+def choose_fp8(input_size: int, output_size: int, weights_only: bool) -> LinearMethod:
     """FP8, or the plain method for a layer of a size that the scaled product does not take."""
     fits = input_size % _MULTIPLE == 0 and output_size % _MULTIPLE == 0
-    return Fp8LinearMethod() if fits else LinearMethod()
+    if not fits:
+        return LinearMethod()
+    return Fp8WeightsLinearMethod() if weights_only else Fp8LinearMethod()
 
 
 class Fp8LinearMethod(LinearMethod):
@@ -67,6 +70,20 @@ class Fp8LinearMethod(LinearMethod):
             arguments += [rows.unsqueeze(0), scales, each.weight, each.get_buffer("weight_scale"), each.bias]
         output: torch.Tensor = joint_scaled_linear_op(*arguments)
         return output
+
+
+class Fp8WeightsLinearMethod(Fp8LinearMethod):
+    """``y = (x (w / s_w)^T) * s_w + b`` for few rows, whose activations keep their precision."""
+
+    def apply(self, layer: LinearBase, x: torch.Tensor | PendingInput) -> torch.Tensor:
+        given = x if isinstance(x, torch.Tensor) else x.joined()
+        scale = layer.get_buffer("weight_scale")
+        if kernels.take(given):
+            from vllm_omni.diffusion.layers.kernels.few_rows import few_rows_linear_op
+
+            rows: torch.Tensor = few_rows_linear_op(given.flatten(0, -2), layer.weight, scale, layer.bias)
+            return rows.unflatten(0, given.shape[:-1])
+        return F.linear(given, (layer.weight.float() * scale.t()).to(given.dtype), layer.bias)
 
 
 def quantize_input(given: PendingInput) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,7 +27,12 @@ from vllm_omni.diffusion.layers.adalayernorm import AdaLayerNorm, AdaLayerNormCo
 from vllm_omni.diffusion.layers.embeddings import TimestepEmbedding, sinusoidal_embedding
 from vllm_omni.diffusion.layers.feedforward import FeedForward
 from vllm_omni.diffusion.layers.joint_attention import JointAttention
-from vllm_omni.diffusion.layers.linear import MergedColumnParallelLinear, MergedRowParallelLinear, ReplicatedLinear
+from vllm_omni.diffusion.layers.linear import (
+    MergedColumnParallelLinear,
+    MergedRowParallelLinear,
+    ModulationLinear,
+    ReplicatedLinear,
+)
 from vllm_omni.diffusion.layers.norm import RMSNorm, gated_residual
 from vllm_omni.diffusion.layers.rope import QKNormRope, rope_angles
 from vllm_omni.diffusion.staged_forward import BlockSpan, RowInputs, SharedInputs, StagedForward, Streams
@@ -102,7 +107,7 @@ class FluxModulation(nn.Module):
     def __init__(self, dim: int, num_sublayers: int) -> None:
         super().__init__()
         self.num_sublayers = num_sublayers
-        self.linear = ReplicatedLinear(dim, 3 * num_sublayers * dim)
+        self.linear = ModulationLinear(dim, 3 * num_sublayers * dim)
 
     def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """``[B, E] -> num_sublayers x [B, 3 * E]``."""

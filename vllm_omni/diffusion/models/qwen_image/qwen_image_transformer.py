@@ -27,7 +27,7 @@ from vllm_omni.diffusion.layers.adalayernorm import AdaLayerNorm, AdaLayerNormCo
 from vllm_omni.diffusion.layers.embeddings import TimestepEmbedding, sinusoidal_embedding
 from vllm_omni.diffusion.layers.feedforward import FeedForward
 from vllm_omni.diffusion.layers.joint_attention import JointAttention
-from vllm_omni.diffusion.layers.linear import ReplicatedLinear
+from vllm_omni.diffusion.layers.linear import ModulationLinear, ReplicatedLinear
 from vllm_omni.diffusion.layers.norm import RMSNorm, gated_residual
 from vllm_omni.diffusion.layers.rope import rope_angles
 from vllm_omni.diffusion.staged_forward import BlockSpan, RowInputs, SharedInputs, StagedForward, Streams
@@ -141,8 +141,8 @@ class QwenImageTransformerBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, head_dim: int, eps: float = 1e-6) -> None:
         super().__init__()
         # The checkpoint's name is img_mod.1: index 0 is SiLU, which the transformer applies once for all blocks.
-        self.img_mod = nn.ModuleList([nn.Identity(), ReplicatedLinear(dim, 6 * dim)])
-        self.txt_mod = nn.ModuleList([nn.Identity(), ReplicatedLinear(dim, 6 * dim)])
+        self.img_mod = nn.ModuleList([nn.Identity(), ModulationLinear(dim, 6 * dim)])
+        self.txt_mod = nn.ModuleList([nn.Identity(), ModulationLinear(dim, 6 * dim)])
         self.norm = AdaLayerNorm(dim, eps)
         self.attn = JointAttention(dim, num_heads, head_dim, eps)
         self.img_mlp = FeedForward(dim)

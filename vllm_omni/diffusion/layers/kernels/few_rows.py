@@ -1,0 +1,84 @@
+"""A linear layer of few rows whose weight is in FP8 (e4m3): bound by reading the weight, which is half as much.
+
+Shapes: R rows, I input features, O output features.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_omni.diffusion.layers.operators import operator
+
+_FEATURES = 8  # output features of a program
+_CHUNK = 512  # input features that it multiplies at once
+_MAX_ROWS = 4  # of a program; each keeps its sums in registers
+
+
+@triton.jit
+def _few_rows_linear(
+    x,
+    weight,
+    scales,
+    bias,
+    out,
+    num_rows,
+    width: tl.constexpr,
+    num_features: tl.constexpr,
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    features = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, CHUNK)
+    sums = tl.zeros((ROWS, FEATURES, CHUNK), dtype=tl.float32)
+    for start in tl.static_range(0, width, CHUNK):
+        inside = start + columns < width
+        weights = tl.load(
+            weight + features[:, None] * width + start + columns[None, :],
+            mask=(features < num_features)[:, None] & inside[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        values = tl.load(
+            x + rows[:, None] * width + start + columns[None, :],
+            mask=(rows < num_rows)[:, None] & inside[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        sums += weights[None, :, :] * values[:, None, :]
+    output = tl.sum(sums, axis=2) * tl.load(scales + features, mask=features < num_features, other=0.0)[None, :]
+    if HAS_BIAS:
+        output += tl.load(bias + features, mask=features < num_features, other=0.0).to(tl.float32)[None, :]
+    mask = (rows < num_rows)[:, None] & (features < num_features)[None, :]
+    tl.store(out + rows[:, None] * num_features + features[None, :], output.to(out.dtype.element_ty), mask=mask)
+
+
+def few_rows_linear(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """``x [R, I], weight [O, I] in FP8, scales [1, O] in float32, bias [O] -> [R, O]`` in the dtype of x."""
+    x = x.contiguous()
+    num_features, width = weight.shape
+    output = x.new_empty(x.shape[0], num_features)
+    rows = min(triton.next_power_of_2(x.shape[0]), _MAX_ROWS)
+    _few_rows_linear[(triton.cdiv(num_features, _FEATURES), triton.cdiv(x.shape[0], rows))](
+        x,
+        weight,
+        scales,
+        x if bias is None else bias,
+        output,
+        x.shape[0],
+        width=width,
+        num_features=num_features,
+        ROWS=rows,
+        FEATURES=_FEATURES,
+        CHUNK=_CHUNK,
+        HAS_BIAS=bias is not None,
+        num_warps=4,
+    )
+    return output
+
+
+few_rows_linear_op = operator(few_rows_linear, lambda x, weight, scales, bias: x.new_empty(x.shape[0], weight.shape[0]))
