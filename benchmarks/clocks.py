@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -27,6 +28,10 @@ def clocks_while(work: Callable[[], Any], repeats: int) -> dict[str, Any]:
         *("nvidia-smi", "-i", f"GPU-{uuid}", f"--query-gpu={','.join(_FIELDS)}"),
         *("--format=csv,noheader,nounits", "-lms", str(_INTERVAL_MS)),
     ]
+    if shutil.which(command[0]) is None:
+        return {}
+    if shutil.which("stdbuf") is not None:
+        command = ["stdbuf", "-oL", *command]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as sampler:
         assert sampler.stdout is not None
         deadline = time.perf_counter() + _STARTUP_S

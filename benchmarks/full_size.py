@@ -95,6 +95,7 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
         torch.compiler.reset()
         gc.collect()
         get_platform(torch.device(args.device)).empty_cache()
+        get_platform(torch.device(args.device)).reset_peak_memory()
     return results
 
 
