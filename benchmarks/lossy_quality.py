@@ -21,6 +21,7 @@ from benchmarks.shapes_accuracy import NEGATIVE, SIDE, make_prompts
 from tools.shapes.judge import judge
 from vllm_omni import Omni, OmniDiffusionSamplingParams
 from vllm_omni.benchmarks.similarity import psnr
+from vllm_omni.diffusion.attention import fp8
 from vllm_omni.entrypoints.omni import SHIPPED_MODEL
 from vllm_omni.platforms import CpuPlatform, default_device, get_platform
 
@@ -34,16 +35,18 @@ def _dit(**options: Any) -> dict[str, Any]:
 
 
 FP8 = {"quantization": "fp8"}
+FP8_ATTENTION = {"quantization": "fp8", "attention_dtype": "fp8"}
 MODES: dict[str, dict[str, Any]] = {
     "exact": {},
     "fp8": FP8,
+    "fp8 with attention": FP8_ATTENTION,
     "tea_cache 0.1": _tea(0.1),
     "tea_cache 0.2": _tea(0.2),
     "cache_dit 0.12": _dit(residual_diff_threshold=0.12),
     "cache_dit 0.24": _dit(residual_diff_threshold=0.24),
     "cache_dit 0.24, TaylorSeer": _dit(residual_diff_threshold=0.24, enable_taylorseer=True),
-    "fp8, tea_cache 0.1": FP8 | _tea(0.1),
-    "fp8, cache_dit 0.12": FP8 | _dit(residual_diff_threshold=0.12),
+    "fp8 with attention, tea_cache 0.1": FP8_ATTENTION | _tea(0.1),
+    "fp8 with attention, cache_dit 0.12": FP8_ATTENTION | _dit(residual_diff_threshold=0.12),
 }
 
 
@@ -63,6 +66,7 @@ def main() -> None:
     captions = [text for _, text in make_prompts(args.num_prompts, 0)]
     if args.emulate_fp8:
         CpuPlatform.why_no_fp8 = lambda platform: None  # type: ignore[method-assign]
+        fp8.why_unavailable = lambda device: None  # type: ignore[assignment]
     has_fp8 = get_platform(default_device()).why_no_fp8() is None
     modes = [mode for mode in args.modes if has_fp8 or "quantization" not in MODES[mode]]
     if modes[0] != "exact":
