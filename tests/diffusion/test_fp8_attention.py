@@ -53,7 +53,8 @@ def test_the_twin_is_attention_up_to_rounding(num_kv_heads, causal):
     query, key, value = (drawn(2, TOKENS, n, HEAD_SIZE, seed=n) for n in (4, num_kv_heads, num_kv_heads))
     allowed = torch.ones(2, TOKENS, TOKENS, dtype=torch.bool)
     expected = plain_attention(query, key, value, 0.25, allowed.tril() if causal else allowed)
-    shared = fp8.bounded_heads(query, query.abs().amax().expand(2, num_kv_heads))
+    scale = fp8.scale_of(query.abs().amax())
+    shared = ScaledHeads(fp8.quantized(query, scale), scale.expand(2, num_kv_heads), query.dtype)
     output = attend(shared, quantize_heads(key), quantize_heads(value), 0.25, causal)
     assert 0.001 < error(output, expected) < 0.06
 

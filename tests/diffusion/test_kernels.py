@@ -76,8 +76,9 @@ def test_norm_and_rotation_of_query_and_key(is_neox_style, across_heads, fp8):
     weights = [drawn(width, seed=1 + index) for index, width in enumerate((*widths, *widths))]
     angles = drawn(tokens, head_size // 2, seed=9, dtype=torch.float32)
     cos, sin = angles.cos(), angles.sin()
-    query, key, scales = kernels("rope").qk_norm_rope(
-        qkv, *weights, cos, sin, heads, kv_heads, num_text, 1e-6, is_neox_style, fp8
+    scales = torch.tensor([0.06, 0.07], device=DEVICE) if fp8 else None
+    query, key = kernels("rope").qk_norm_rope(
+        qkv, *weights, cos, sin, heads, kv_heads, num_text, 1e-6, is_neox_style, scales
     )
     start = 0
     cases = ((query, heads, weights[0], weights[2]), (key, kv_heads, *weights[1::2]))
@@ -92,8 +93,6 @@ def test_norm_and_rotation_of_query_and_key(is_neox_style, across_heads, fp8):
         assert ours.shape == x.shape
         if fp8:
             assert ours.dtype == torch.float8_e4m3fn
-            bound = len(weight) ** 0.5 * torch.cat([weight, text_weight]).float().abs().max()
-            torch.testing.assert_close(scales[index], bound / 448)
             ours = ours.float() * scales[index]
         assert_near(ours, rotated(x, cos[:, None], sin[:, None], is_neox_style), FP8_ERROR if fp8 else 0.006)
 
@@ -139,8 +138,10 @@ def test_a_row_of_zeros_stays_zero_in_fp8():
 @pytest.mark.parametrize("rows", [1, 2, 3, 9])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_few_rows_by_a_weight_in_fp8(rows, has_bias):
-    width, features = (3072, 18432) if DEVICE == "cuda" else (80, 48)
-    x, weight = drawn(rows, width), drawn(features, width, seed=1)
+    width, features = (3072, 18432) if DEVICE == "cuda" else (300, 48)
+    # The interpreter cannot multiply matrices of bf16.
+    x = drawn(rows, width, dtype=torch.bfloat16 if DEVICE == "cuda" else torch.float16)
+    weight = drawn(features, width, seed=1)
     bias = drawn(features, seed=2) if has_bias else None
     scales = weight.float().abs().amax(1) / 448
     quantized = (weight.float() / scales[:, None]).to(torch.float8_e4m3fn)

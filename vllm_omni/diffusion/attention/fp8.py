@@ -20,8 +20,6 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.layers import kernels
 from vllm_omni.errors import InvalidConfigError
 
-_FP8_MAX = 448.0  # the largest number of e4m3
-_SMALLEST = 1e-12  # of heads of zeros
 # FlashAttention 3 keeps the exponentials, which are at most 1, in FP8 as this many times themselves.
 _EXPONENTIAL_FACTOR = 256.0
 BACKEND_NAME = "FLASH_ATTN_FP8"
@@ -98,14 +96,19 @@ def quantize_heads(x: torch.Tensor) -> ScaledHeads:
 
         values, scale = quantize_heads_op(x)
         return ScaledHeads(values, scale, x.dtype)
-    return bounded_heads(x, x.float().abs().amax(dim=(1, 3)))
+    scale = scale_of(x.float().abs().amax(dim=(1, 3)))
+    return ScaledHeads(quantized(x, scale[:, None, :, None]), scale, x.dtype)
 
 
-def bounded_heads(x: torch.Tensor, bound: torch.Tensor) -> ScaledHeads:
-    """``x [B, S, H, D]``, none of whose values exceeds ``bound [B, G]``."""
-    scale = bound.clamp(min=_SMALLEST) / _FP8_MAX
-    divided = x.float() / scale.repeat_interleave(x.shape[2] // scale.shape[1], dim=1)[:, None, :, None]
-    return ScaledHeads(divided.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn), scale, x.dtype)
+def scale_of(bound: torch.Tensor) -> torch.Tensor:
+    """The scale of values that do not exceed ``bound``: 448 is the largest number of e4m3."""
+    # Plain numbers: a compiler takes those that have a name for inputs that may change.
+    return bound.clamp(min=1e-12) / 448.0
+
+
+def quantized(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``x`` divided by ``scale``, in FP8."""
+    return (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
 
 
 def attend(

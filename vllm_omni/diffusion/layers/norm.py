@@ -5,6 +5,8 @@ Shapes: B batch, S tokens, D features, ``...`` any leading dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,10 +29,6 @@ class RMSNorm(nn.Module):
         self.hidden_size = hidden_size
         self.weight = nn.Parameter(torch.ones(hidden_size), requires_grad=False)
         self.eps = eps
-
-    def bound(self) -> torch.Tensor:
-        """The largest absolute value that an output can have, in float32: one feature is at most the whole norm."""
-        return self.hidden_size**0.5 * self.weight.float().abs().amax()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., D] -> [..., D]``, computed in float32."""
@@ -61,6 +59,15 @@ class ColumnParallelRMSNorm(RMSNorm):
         squares = sum_over_ranks(x.float().square().sum(dim=-1, keepdim=True), self.tp)
         normalised = x.float() * torch.rsqrt(squares / self.hidden_size + self.eps)
         return (normalised * self.weight.float()).to(x.dtype)
+
+
+def largest_outputs(*groups: Sequence[RMSNorm]) -> torch.Tensor:
+    """The largest absolute value that an output of any norm of a group can have, ``[number of groups]`` in float32.
+
+    A normalised feature is at most the norm of all, which is the root of their number. The norms are of one size.
+    """
+    weights = torch.stack([torch.cat([norm.weight for norm in group]) for group in groups])
+    return weights.float().abs().amax(dim=1) * groups[0][0].hidden_size ** 0.5
 
 
 def layer_norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vllm_omni.diffusion.attention.fp8 import ScaledHeads, bounded_heads, is_fp8_attention, quantize_heads
+from vllm_omni.diffusion.attention.fp8 import ScaledHeads, is_fp8_attention, quantize_heads, quantized, scale_of
 from vllm_omni.diffusion.layers import kernels
-from vllm_omni.diffusion.layers.norm import RMSNorm
+from vllm_omni.diffusion.layers.norm import RMSNorm, largest_outputs
 
 
 def rope_angles(positions: torch.Tensor, dim: int, theta: float = 10000.0) -> torch.Tensor:
@@ -81,10 +81,14 @@ class QKNormRope(nn.Module):
             part.unflatten(-1, (-1, head_size)) for part in qkv.split([n * head_size for n in heads], dim=-1)
         )
         first = TextNorms(norm_query, norm_key, 0) if text is None else text
+        scales = None
+        if self._is_fp8:
+            # No value exceeds what the norms let through, so that the scales need no look at the tokens.
+            scales = scale_of(largest_outputs((norm_query, first.query), (norm_key, first.key)))
         if kernels.take(qkv) and not norm_query.spans_ranks:
             from vllm_omni.diffusion.layers.kernels.rope import qk_norm_rope_op
 
-            query, key, scales = qk_norm_rope_op(
+            query, key = qk_norm_rope_op(
                 qkv,
                 norm_query.weight,
                 norm_key.weight,
@@ -96,33 +100,28 @@ class QKNormRope(nn.Module):
                 first.num_tokens,
                 norm_query.eps,
                 self.rotary.is_neox_style,
-                self._is_fp8,
+                scales,
             )
-            if not self._is_fp8:
-                return query, key, value
-            scale_shape = (qkv.shape[0], self.num_kv_heads)
-            query_scale, key_scale = scales[0].expand(scale_shape), scales[1].expand(scale_shape)
-            return (
-                ScaledHeads(query, query_scale, qkv.dtype),
-                ScaledHeads(key, key_scale, qkv.dtype),
-                quantize_heads(value),
-            )
-        normalized = _normalized(query, key, norm_query, norm_key)
-        if text is not None:
-            tokens = slice(text.num_tokens)
-            both = [_normalized(query[:, tokens], key[:, tokens], text.query, text.key)]
-            both.append(normalized[:, text.num_tokens :])
-            normalized = torch.cat(both, dim=1)
-        # One rotation of both: half the launches, and the angles are read once.
-        rotated = self.rotary(normalized, *rope)
-        query, key = rotated[:, :, : self.num_heads], rotated[:, :, self.num_heads :]
-        if not self._is_fp8:
+        else:
+            normalized = _normalized(query, key, norm_query, norm_key)
+            if text is not None:
+                tokens = slice(text.num_tokens)
+                both = [_normalized(query[:, tokens], key[:, tokens], text.query, text.key)]
+                both.append(normalized[:, text.num_tokens :])
+                normalized = torch.cat(both, dim=1)
+            # One rotation of both: half the launches, and the angles are read once.
+            rotated = self.rotary(normalized, *rope)
+            query, key = rotated[:, :, : self.num_heads], rotated[:, :, self.num_heads :]
+            if scales is not None:
+                query, key = quantized(query, scales[0]), quantized(key, scales[1])
+        if scales is None:
             return query, key, value
-        # Text and image share a scale.
-        shape = (qkv.shape[0], self.num_kv_heads)
-        query_bound = torch.maximum(norm_query.bound(), first.query.bound()).expand(shape)
-        key_bound = torch.maximum(norm_key.bound(), first.key.bound()).expand(shape)
-        return bounded_heads(query, query_bound), bounded_heads(key, key_bound), quantize_heads(value)
+        query_scale, key_scale = (scale.expand(qkv.shape[0], self.num_kv_heads) for scale in scales)
+        return (
+            ScaledHeads(query, query_scale, qkv.dtype),
+            ScaledHeads(key, key_scale, qkv.dtype),
+            quantize_heads(value),
+        )
 
 
 def _normalized(query: torch.Tensor, key: torch.Tensor, norm_query: RMSNorm, norm_key: RMSNorm) -> torch.Tensor:
