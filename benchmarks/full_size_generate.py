@@ -28,19 +28,22 @@ from benchmarks.full_size_models import CONFIGS
 from benchmarks.full_size_peer import compiled_peer
 from benchmarks.report import environment, median, write_json
 
-_CACHE = {
-    "cache_backend": "cache_dit",
-    "cache_config": {"scm_steps_mask_policy": "medium", "scm_steps_policy": "static"},
-}
+
+def _mask(policy: str) -> dict[str, Any]:
+    options = {"scm_steps_mask_policy": policy, "scm_steps_policy": "static", "max_continuous_cached_steps": -1}
+    return {"cache_backend": "cache_dit", "cache_config": options}
+
+
 _FP8 = {"quantization": "fp8", "attention_dtype": "fp8"}
 CASES: dict[str, dict[str, Any]] = {
     "eager": {},
     "compiled": {"enforce_eager": False},
-    "compiled, cache": {"enforce_eager": False, **_CACHE},
+    "compiled, medium mask": {"enforce_eager": False, **_mask("medium")},
     "fp8": {"enforce_eager": False, "quantization": "fp8"},
-    "fp8, cache": {"enforce_eager": False, "quantization": "fp8", **_CACHE},
+    "fp8, medium mask": {"enforce_eager": False, "quantization": "fp8", **_mask("medium")},
     "fp8 with attention": {"enforce_eager": False, **_FP8},
-    "fp8 with attention, cache": {"enforce_eager": False, **_FP8, **_CACHE},
+    "fp8 with attention, medium mask": {"enforce_eager": False, **_FP8, **_mask("medium")},
+    "fp8 with attention, fast mask": {"enforce_eager": False, **_FP8, **_mask("fast")},
     "diffusers": {},
 }
 STEPS = {"flux": 28, "qwen-image": 50}
