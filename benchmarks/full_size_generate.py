@@ -166,6 +166,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 "pictures_per_second": batch / median(seconds),
                 "denoise_s": outputs[0].metrics.denoise_s,
                 "decode_s": outputs[0].metrics.decode_s,
+                "prepare_s": outputs[0].metrics.prepare_s,
+                "post_process_s": outputs[0].metrics.post_process_s,
                 "peak_memory_gib": max(output.metrics.peak_memory_bytes for output in outputs) / 2**30,
                 "accelerations": receipt.accelerations,
                 "attention_backends": receipt.attention_backends,
