@@ -85,9 +85,9 @@ def load_weights(args: argparse.Namespace) -> dict[str, Any]:
     device = default_device()
     folder = args.scratch / "weights"
     folder.mkdir(parents=True, exist_ok=True)
-    files = []
+    files, values = [], torch.randn(_GB // 40).bfloat16()
     for shard in range(args.weights):
-        tensors = {f"{shard}.{i}": torch.randn(_GB // 40, dtype=torch.float32).bfloat16() for i in range(20)}
+        tensors = {f"{shard}.{i}": values.clone() for i in range(20)}
         files.append(folder / f"{shard}.safetensors")
         save_file(tensors, files[-1])
     target = torch.empty(_GB // 40, dtype=torch.bfloat16, device=device)
