@@ -47,10 +47,6 @@ def measure(tokens: int, heads: int, across_heads: bool) -> dict[str, float]:
 
     flops = 4 * tokens**2 * heads * HEAD_SIZE
     figures = {
-        "norm, rotation": microseconds(lambda qkv, angle: plain(qkv, *norms, (angle, angle)), projected),
-        "norm, rotation to fp8, value to fp8": microseconds(
-            lambda qkv, angle: quantizing(qkv, *norms, (angle, angle))[0].values, projected
-        ),
         "value to fp8": microseconds(
             lambda x: quantize_heads(x[..., -heads * HEAD_SIZE :].unflatten(-1, (heads, HEAD_SIZE))).values,
             lambda: (drawn(1, tokens, 3 * heads * HEAD_SIZE),),
