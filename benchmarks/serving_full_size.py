@@ -9,8 +9,8 @@ Its tokenizer is that of the model that ships along.
 
 ``qwen-image``: requests per second of one client and of eight, each of which sends its next request when it has its
 answer, with guidance (two rows a request) and without. Prompts differ, so the text encoder runs for each.
-Both: a short request arrives while a long one is on its way. It should wait for at most one step of the long one; steps
-are timed by the events that the server sends after each. Of ``wan``, the long one is a video of 81 frames.
+Both: a short request arrives while a long one is on its way. It should be done at most one step of the long one later
+than alone; steps are timed by the events that the server sends after each. Of ``wan``, the long one is a video.
 """
 
 from __future__ import annotations
@@ -168,8 +168,12 @@ def measure_arrival(client: Client, args: argparse.Namespace) -> dict[str, Any]:
     else:
         short["negative_prompt"] = long["negative_prompt"] = " "
     client.generate({**short, "prompt": prompt(1), "num_inference_steps": 2})
+    started = time.monotonic()
+    client.generate({**short, "prompt": prompt(2)})
+    alone_s = time.monotonic() - started
     with LongRequest(client, long) as running:
         running.wait_for_steps(3)
+        print(f"the long one has taken {len(running.step_ends)} steps", flush=True)
         step_s = statistics.median(b - a for a, b in zip(running.step_ends, running.step_ends[1:], strict=False))
         arrivals = []
         for index in range(args.num_arrivals):
@@ -181,18 +185,20 @@ def measure_arrival(client: Client, args: argparse.Namespace) -> dict[str, Any]:
                 {
                     "queue_s": timings["queue_s"],
                     "latency_s": ended - started,
+                    "delay_s": ended - started - alone_s,
                     "steps_of_the_long_one_meanwhile": sum(started < end < ended for end in running.step_ends),
                 }
             )
             running.wait_for_steps(1)
-    longest = max(arrival["queue_s"] for arrival in arrivals)
+    longest = max(arrival["delay_s"] for arrival in arrivals)
     return {
         "short": short,
         "long": long,
         "long_step_s": step_s,
+        "alone_s": alone_s,
         "arrivals": arrivals,
-        "longest_wait_s": longest,
-        "longest_wait_in_steps": longest / step_s,
+        "longest_delay_s": longest,
+        "longest_delay_in_steps": longest / step_s,
     }
 
 
@@ -211,7 +217,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=512, help="pixels of the pictures of several clients")
     parser.add_argument("--steps", type=int, default=10, help="of every request but the long one")
     parser.add_argument("--num-clients", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=4, help="requests of each client")
+    parser.add_argument("--rounds", type=int, default=4, help="requests of each client; 0: leave that part out")
     parser.add_argument("--warmup-rounds", type=int, default=3)
     parser.add_argument("--arrival-side", type=int, default=1024, help="pixels of the picture that arrives")
     parser.add_argument("--num-arrivals", type=int, default=3, help="0: leave that part out")
@@ -236,11 +242,12 @@ def main() -> None:
         started = time.perf_counter()
         with server(*model, *args.options) as (address, _):
             results["start_s"] = time.perf_counter() - started
+            print(f"[{results['start_s']:.0f} s] the server has started", flush=True)
             client = Client(address, _PATHS[args.model])
-            if args.model == "qwen-image":
+            if args.model == "qwen-image" and args.rounds:
                 for name, result in measure_sharing(client, args):
                     results[name] = result
-                    print(name, json.dumps(result), file=sys.stderr, flush=True)
+                    print(f"[{time.perf_counter() - started:.0f} s] {name}", json.dumps(result), flush=True)
                     write_json(args.json, results)
             if args.num_arrivals:
                 results["arrival"] = measure_arrival(client, args)

@@ -1,9 +1,11 @@
 """Fit the map from latents to colours by which a server shows what requests will become, and put it beside the model.
 
     python -m tools.fit_preview MODEL --prompts prompts.txt
+    python -m tools.fit_preview MODEL --prompts instructions.txt --images first.png second.png
 
 Runs each prompt twice with one seed, for its latents and for its pixels, and fits the pixels of a token, averaged down
-to P x P, by least squares. ``latent_preview.json`` then serves every model with the same autoencoder and patches.
+to P x P, by least squares. A wider ``--kernel`` is for an autoencoder whose latents say little one by one.
+``latent_preview.json`` then serves every model with the same autoencoder and patches.
 
 Shapes: K tokens of all runs, C channels of a token, P preview pixels of a token's side, F frames, H and W in pixels.
 """
@@ -13,11 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vllm_omni import Omni, OmniDiffusionSamplingParams
-from vllm_omni.diffusion.latent_preview import PREVIEW_FILE
+from vllm_omni.diffusion.latent_preview import PREVIEW_FILE, neighbourhoods
 from vllm_omni.entrypoints.cli.arguments import parse_size
 
 
@@ -25,9 +28,22 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a diffusers pipeline; the map is written into it")
     parser.add_argument("--prompts", type=Path, required=True, help="text file, one prompt a line; about 30 are enough")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        nargs="+",
+        help="pictures to edit, one for each prompt in turn",
+    )
     parser.add_argument("--size", type=parse_size, help="WIDTHxHEIGHT in pixels (default: the model's)")
     parser.add_argument("--steps", type=int, help="number of denoising steps (default: the model's)")
     parser.add_argument("--patch", type=int, default=4, help="preview pixels of a token's side")
+    parser.add_argument(
+        "--kernel",
+        type=int,
+        default=1,
+        choices=(1, 3, 5),
+        help="side of the square of tokens that a colour follows from",
+    )
     parser.add_argument("--output", type=Path, help="where to write (default: into the model's folder)")
     return parser.parse_args()
 
@@ -54,7 +70,10 @@ def main() -> None:
     width, height = args.size if args.size is not None else (None, None)
     inputs, targets, side = [], [], 1
     with Omni(args.model) as omni:
-        for seed, prompt in enumerate(prompts):
+        for seed, text in enumerate(prompts):
+            prompt: dict[str, Any] = {"prompt": text}
+            if args.images:
+                prompt["multi_modal_data"] = {"image": args.images[seed % len(args.images)].read_bytes()}
             latents, pixels = (
                 omni.generate(
                     prompt,
@@ -65,7 +84,7 @@ def main() -> None:
                 for output_type in ("latent", "pt")
             )
             tokens, side = tokens_of(latents.images[0].float().cpu(), latents.receipt.height, latents.receipt.width)
-            inputs.append(tokens.flatten(0, 1))
+            inputs.append(neighbourhoods(tokens[None], args.kernel)[0].flatten(0, 1))
             targets.append(patches_of(pixels.images[0].float().cpu(), side, args.patch).flatten(0, 1))
     features, colours = torch.cat(inputs).double(), torch.cat(targets).double()
     design = torch.cat([features, torch.ones(len(features), 1, dtype=torch.float64)], dim=1)
@@ -75,6 +94,7 @@ def main() -> None:
     error = (design @ solution - colours).square().mean().sqrt()
     content = {
         "pixels_per_token": side,
+        "kernel": args.kernel,
         "weight": [[round(value, 5) for value in row] for row in solution[:-1].tolist()],
         "bias": [round(value, 5) for value in solution[-1].tolist()],
     }

@@ -49,9 +49,22 @@ def test_a_video_shows_its_middle_frame():
     assert preview.colours(latents, 16, 16).unique().tolist() == [128]
 
 
+def test_colours_may_depend_on_the_tokens_around():
+    kernel = torch.zeros(9, 3)
+    kernel[5, 0] = 1.0  # red is the token to the right
+    latents = torch.tensor([[0.0, 0.2, 0.4, 0.6]]).reshape(1, 4, 1)
+    shown = LatentPreview(pixels_per_token=8, weight=kernel, bias=torch.zeros(3), kernel=3).colours(latents, 16, 16)
+    assert shown[0, :, :, 0].tolist() == [[51, 0], [153, 0]]
+
+
 @pytest.mark.parametrize(
     "content",
-    [{}, {"weight": [[1, 2]], "bias": [1], "pixels_per_token": 8}, {"weight": 1, "bias": [], "pixels_per_token": 1}],
+    [
+        {"weight": [[1, 2, 3]], "bias": [1, 2, 3], "pixels_per_token": 8, "kernel": 3},
+        {},
+        {"weight": [[1, 2]], "bias": [1], "pixels_per_token": 8},
+        {"weight": 1, "bias": [], "pixels_per_token": 1},
+    ],
 )
 def test_a_broken_map_is_refused_with_its_path(tmp_path, content):
     (tmp_path / PREVIEW_FILE).write_text(json.dumps(content))

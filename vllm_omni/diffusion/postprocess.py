@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+
+# Of a video: in between they take several times the memory of the pixels.
+_FRAMES_AT_ONCE = 16
 
 
 def images_from_pixels(pixels: torch.Tensor, output_type: str = "pil") -> Any:
@@ -35,7 +39,10 @@ def videos_from_pixels(pixels: torch.Tensor, output_type: str = "pil") -> Any:
     ``[N, F, C, H, W]``.
     """
     num_outputs, num_frames = pixels.shape[0], pixels.shape[2]
-    frames = images_from_pixels(pixels.transpose(1, 2).flatten(0, 1), output_type)
+    parts = pixels.transpose(1, 2).flatten(0, 1).split(_FRAMES_AT_ONCE)
+    converted = [images_from_pixels(part, output_type) for part in parts]
     if output_type == "pil":
+        frames = [frame for part in converted for frame in part]
         return [frames[start : start + num_frames] for start in range(0, num_outputs * num_frames, num_frames)]
-    return frames.reshape(num_outputs, num_frames, *frames.shape[1:])
+    joined = np.concatenate(converted) if output_type == "np" else torch.cat(converted)
+    return joined.reshape(num_outputs, num_frames, *joined.shape[1:])

@@ -7,7 +7,9 @@ import base64
 import gc
 import io
 import logging
+import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)  # --log-cli-level=INFO shows the figures
 
 NUM_REQUESTS = 300
 AT_ONCE = 32
+ENDS = ("gone", "cancelled", "rank_failure")
+KILLED_AT = 200  # requests that have ended when a worker is killed
 
 
 def resident_mb() -> float:
@@ -55,8 +59,10 @@ async def crowd(server, omni, numbers, outcomes):
                     outcomes[number] = (await sending).data[0].b64_json
                 except asyncio.CancelledError:
                     outcomes[number] = "gone"
-                except openai.ConflictError as error:
+                except (openai.ConflictError, openai.InternalServerError) as error:
                     outcomes[number] = error.code
+                if len(outcomes) == KILLED_AT:
+                    os.kill(omni.engine._executor.replicas[0].pids[0], signal.SIGKILL)
 
         await asyncio.gather(*(one(number) for number in numbers))
 
@@ -71,21 +77,28 @@ def request_of(number):
     }
 
 
-def test_every_request_of_a_crowd_ends_and_the_pictures_are_those_of_the_seeds_alone():
+def test_every_request_of_a_crowd_ends_though_a_worker_is_killed_and_pictures_are_those_of_the_seeds_alone():
     outcomes = {}
-    with AsyncOmni(max_queue=NUM_REQUESTS) as omni, running_server(omni) as server:
+    with (
+        AsyncOmni(max_queue=NUM_REQUESTS, device="cpu", data_parallel_size=2) as omni,
+        running_server(omni) as server,
+    ):
+        first_pids = [replica.pids for replica in omni.engine._executor.replicas]
         asyncio.run(crowd(server, omni, range(NUM_REQUESTS // 3), outcomes))
         before = resident_mb()
         asyncio.run(crowd(server, omni, range(NUM_REQUESTS // 3, NUM_REQUESTS), outcomes))
         server.wait_until(lambda: not omni.engine.has_requests)
         grown = resident_mb() - before
-        assert not omni.engine._executor._worker._runner._running
+        replicas = omni.engine._executor.replicas
+        assert [replica.num_in_flight for replica in replicas] == [0, 0]
         assert not omni.live.in_progress
+        assert [replica.pids == pids for replica, pids in zip(replicas, first_pids, strict=True)] == [False, True]
     assert len(outcomes) == NUM_REQUESTS
-    pictures = {number: text for number, text in outcomes.items() if text not in ("gone", "cancelled")}
+    pictures = {number: text for number, text in outcomes.items() if text not in ENDS}
     kinds = [outcomes[number] if number not in pictures else "picture" for number in outcomes]
     logger.info("%s, memory grew by %.0f MB", {kind: kinds.count(kind) for kind in set(kinds)}, grown)
     assert len(pictures) > 0.7 * NUM_REQUESTS
+    assert 0 < kinds.count("rank_failure") <= omni.od_config.max_num_seqs
     assert grown < 64
     with Omni() as offline:
         for number in random.Random(0).sample(sorted(pictures), 60):

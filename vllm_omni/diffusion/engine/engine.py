@@ -69,7 +69,9 @@ class Engine:
         self._scheduler = Scheduler(od_config.max_num_seqs, policy, budget, measured_batches=is_online)
         self._tracked: dict[str, TrackedRequest] = {}
         self._executor: Executor | None = make_executor(od_config, on_load_progress)
-        self.has_previews = self._is_stepped and LatentPreview.load(od_config.model) is not None
+        # By a map they cost next to nothing. Without one the decoder makes those of pictures, each at its full cost.
+        self.has_quick_previews = self._is_stepped and LatentPreview.load(od_config.model) is not None
+        self.has_previews = self.has_quick_previews or (self._is_stepped and self.output_kind == "image")
         self._needs_preview = needs_preview if self.has_previews else None
 
     @property

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+
 from vllm_omni.diffusion.data import OmniDiffusionConfig, RequestSpec
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.messages import WorkerOutput, WorkerResult
@@ -28,7 +30,8 @@ class TrackedRequest:
 
 class _PostProcess:
     """A model's post-processing function, or none. One of the model guide's takes the output alone and returns PIL;
-    one with a second parameter also takes the output type."""
+    one with a second parameter also takes the output type. A rank in this process gives it the output on its device,
+    where a picture is made of it faster than by a host with many threads and little time for them."""
 
     def __init__(self, function: Callable[..., Any] | None) -> None:
         self._function = function
@@ -51,7 +54,7 @@ class _PostProcess:
                 output = self._function(output, output_type)
             elif output_type == "pil":
                 output = self._function(output)
-        return list(output)
+        return list(output.cpu() if isinstance(output, torch.Tensor) else output)
 
 
 class Results:

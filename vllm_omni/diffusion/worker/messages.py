@@ -37,7 +37,7 @@ class StageTimes:
 
 @dataclass(kw_only=True)
 class WorkerOutput:
-    """A request that is done: its output on the CPU."""
+    """A request that is done. Its output is on the rank's device, or on the CPU if it comes from another process."""
 
     output: Any
     times: StageTimes

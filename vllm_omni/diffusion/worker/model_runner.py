@@ -25,7 +25,7 @@ from vllm_omni.diffusion.distributed.sequence_plan import check_sequence_plans
 from vllm_omni.diffusion.distributed.vae_parallel import share_tiles
 from vllm_omni.diffusion.distributed.weight_sharding import shard_weights
 from vllm_omni.diffusion.encoders.prompt_cache import PromptEmbedCache
-from vllm_omni.diffusion.latent_preview import LatentPreview
+from vllm_omni.diffusion.latent_preview import LatentPreview, decoded_preview
 from vllm_omni.diffusion.layers.rope import QKNormRope
 from vllm_omni.diffusion.model_loader.components import fill_with_random_weights
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader, LoadProgress
@@ -199,9 +199,15 @@ class ModelRunner:
         """Previews of the requests that took a step from ``previous`` latents. They cost nothing unless asked for."""
         for request_id, latents in previous.items():
             state = self._running[request_id].state
-            if self._preview is None or state is None or latents is None or request_id in result.errors:
+            if state is None or latents is None or request_id in result.errors:
                 continue
-            result.previews[request_id] = self._preview(state, latents).numpy()
+            preview: torch.Tensor | None = None
+            if self._preview is not None:
+                preview = self._preview(state, latents)
+            elif self._decodes:
+                preview = decoded_preview(self.pipeline.decode, state, latents)
+            if preview is not None:
+                result.previews[request_id] = preview.numpy()
 
     def _run_whole(self, running: _Running) -> None:
         running.output = self.pipeline.forward(running.request).output
@@ -222,9 +228,8 @@ class ModelRunner:
         if running.denoise_started is not None:
             running.times.denoise_s = started - running.denoise_started
         output = running.output if running.state is None else self._decode(running)
-        if isinstance(output, torch.Tensor):
-            with waiting_for("device"):
-                output = output.cpu()
+        with waiting_for("device"):
+            self._platform.synchronize()
         running.times.decode_s = time.perf_counter() - started
         result.finished[request_id] = WorkerOutput(
             output=output,

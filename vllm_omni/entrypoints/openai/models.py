@@ -44,7 +44,7 @@ def _model(server: Server) -> dict[str, Any]:
         "output": engine.output_kind,
         "pipeline": engine.od_config.model_class_name,
         "takes_images": engine.takes_images,
-        "shows_previews": engine.has_previews,
+        "shows_previews": engine.has_quick_previews,
         "defaults": defaults,
         **_what_requests_may_say(model.request_spec(engine.od_config), defaults),
     }

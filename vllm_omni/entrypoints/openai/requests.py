@@ -43,7 +43,7 @@ async def watch_request(request_id: str, request: Request, preview: bool = True)
     """Progress and previews of a request as server-sent events, until it ends."""
     server = server_of(request)
     live = _found(server, request_id)
-    watcher = Watcher(previews=PacedPreviews() if preview else frozenset())
+    watcher = Watcher(previews=PacedPreviews() if preview and server.omni.engine.has_quick_previews else frozenset())
     is_watched = server.omni.live.watch(request_id, watcher)
     events = _events(server, live, watcher if is_watched else None)
     return EventStream(events, on_end=lambda: server.omni.live.unwatch(request_id, watcher))
