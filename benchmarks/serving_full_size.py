@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import itertools
 import json
 import statistics
 import sys
@@ -38,6 +39,7 @@ from vllm_omni.entrypoints.omni import SHIPPED_MODELS
 _PATHS = {"qwen-image": "/v1/images/generations", "wan": "/v1/videos/sync"}
 _TASKS = {"qwen-image": "text-to-image", "wan": "text-to-video"}
 _COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "black", "white")
+_PROMPT_NUMBERS = itertools.count()
 
 
 class Client:
@@ -70,8 +72,9 @@ class Client:
         connection.close()
 
 
-def prompt(index: int) -> str:
-    """Texts of equal length, no two of which are alike."""
+def new_prompt() -> str:
+    """Texts of equal length, no two of 512 alike."""
+    index = next(_PROMPT_NUMBERS)
     one, two, three = (_COLOURS[index // 8**place % 8] for place in range(3))
     return f"a large {one} circle left of a small {two} square on a {three} background"
 
@@ -81,7 +84,7 @@ def measure_clients(client: Client, num_clients: int, num_requests: int, body: d
     answers: list[dict[str, Any]] = []
 
     def send(request: PlannedRequest) -> int:
-        answers.append(client.generate({**body, "prompt": prompt(request.index), "seed": request.index}))
+        answers.append(client.generate({**body, "prompt": new_prompt(), "seed": request.index}))
         return 1
 
     group = RequestGroup(name="all", weight=1.0, task="generate", fields={})
@@ -144,7 +147,7 @@ class LongRequest:
 
     def _send(self) -> None:
         try:
-            self._client.generate({**self._body, "prompt": prompt(0), "seed": 0}, "long")
+            self._client.generate({**self._body, "prompt": new_prompt(), "seed": 0}, "long")
         except RuntimeError as error:
             print("the long request ended:", error, file=sys.stderr)
 
@@ -167,9 +170,9 @@ def measure_arrival(client: Client, args: argparse.Namespace) -> dict[str, Any]:
         short["num_frames"], long["num_frames"] = 1, args.long_frames
     else:
         short["negative_prompt"] = long["negative_prompt"] = " "
-    client.generate({**short, "prompt": prompt(1), "num_inference_steps": 2})
+    client.generate({**short, "prompt": new_prompt(), "num_inference_steps": 2})
     started = time.monotonic()
-    client.generate({**short, "prompt": prompt(2)})
+    client.generate({**short, "prompt": new_prompt()})
     alone_s = time.monotonic() - started
     with LongRequest(client, long) as running:
         running.wait_for_steps(3)
@@ -179,7 +182,7 @@ def measure_arrival(client: Client, args: argparse.Namespace) -> dict[str, Any]:
         for index in range(args.num_arrivals):
             time.sleep(step_s * 0.3 * index)
             started = time.monotonic()
-            timings = client.generate({**short, "prompt": prompt(10 + index)})["timings"]
+            timings = client.generate({**short, "prompt": new_prompt()})["timings"]
             ended = time.monotonic()
             arrivals.append(
                 {
