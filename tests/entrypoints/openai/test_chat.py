@@ -65,6 +65,11 @@ def test_pictures_of_a_message_are_edited(tmp_path):
             model=None, messages=messages("make it blue", url), extra_body=EXTRA | {"num_inference_steps": 1}
         )
         assert opened(answer.choices[0].message.content[0]).size == (64, 64)
+        with pytest.raises(openai.BadRequestError, match="send it as image to POST /v1/images/edits") as caught:
+            client.images.generate(prompt="make it blue")
+        assert caught.value.param == "image"
+        with pytest.raises(openai.BadRequestError, match="send it as a part of type image_url"):
+            client.chat.completions.create(model=None, messages=messages("make it blue"))
         edited = client.images.edit(
             image=("red.png", file.getvalue(), "image/png"),
             prompt="make it blue",

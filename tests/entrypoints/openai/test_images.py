@@ -111,6 +111,7 @@ def test_fields_of_extra_body_may_stand_in_one_and_twice_is_an_error(server):
         ({"size": "big"}, "size", "WIDTHxHEIGHT"),
         ({"size": "64x64", "extra_body": {"width": 64}}, "size", "exclude each other"),
         ({"extra_body": {"sede": 1}}, "sede", "did you mean 'seed'"),
+        ({"extra_body": {"steps": 5}}, "steps", "did you mean 'num_inference_steps'"),
         ({"extra_body": {"num_frames": 5}}, "num_frames", "not a parameter of this model"),
         ({"extra_body": {"seed": -1}}, "seed", "between 0 and"),
         ({"extra_body": {"num_inference_steps": 2.5}}, "num_inference_steps", "valid integer"),

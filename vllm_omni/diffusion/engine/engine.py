@@ -99,10 +99,9 @@ class Engine:
         return self._spec is not None and "multi_modal_data" in self._spec.prompt_keys
 
     @property
-    def needs_image(self) -> bool:
-        """Whether the model starts from a picture, whatever it makes."""
-        tasks = () if self._spec is None else self._spec.tasks
-        return bool(tasks) and all(TASKS[task] for task in tasks)
+    def needs_images(self) -> bool:
+        """Whether a prompt must hold pictures."""
+        return self._spec is not None and self.takes_images and all(TASKS[task] for task in self._spec.tasks)
 
     @property
     def request_defaults(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def _run(engine: Engine, size: WarmupSize, num_outputs: int) -> None:
         seed=0,
     )
     prompt: dict[str, Any] = {"prompt": "a picture"}
-    if engine.needs_image:
+    if engine.needs_images:
         picture = Image.new("RGB", (width or _PICTURE_SIDE, height or _PICTURE_SIDE), "gray")
         prompt["multi_modal_data"] = {"image": picture}
     # Each replica takes one.

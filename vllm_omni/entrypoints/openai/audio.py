@@ -17,7 +17,7 @@ async def generate_audio(request: Request) -> Response:
     server = server_of(request)
     raise ApiError(
         501,
-        f"the model {server.model_name!r} makes a {server.omni.output_kind}, no sound; no model of sound exists yet",
+        f"the model {server.model_name!r} makes {server.omni.output_kind}s, no sound; no model of sound exists yet",
         code="unsupported_model",
         param="model",
     )

@@ -106,6 +106,7 @@ async def _prompt(server: Server, body: ChatFields) -> OmniPrompt:
     if body.negative_prompt is not None:
         prompt["negative_prompt"] = body.negative_prompt
     pictures = [part.image_url.url for part in parts if isinstance(part, PicturePart)]
+    server.check_pictures(len(pictures), "messages", "as a part of type image_url")
     if pictures:
         prompt["multi_modal_data"] = {"image": [await server.media.fetch(url, "messages") for url in pictures]}
     return prompt

@@ -61,6 +61,7 @@ async def answer(
     server.check_accepts()
     server.check_model(body.model)
     server.check_kind("image", "/v1/videos")
+    server.check_pictures(len(images), "image", "as image to POST /v1/images/edits")
     with fields_as_sent(body, has_mask=mask is not None):
         params = body.sampling_params(body.n)
         prompt = prompt_of(body, images, mask)

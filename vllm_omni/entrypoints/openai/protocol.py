@@ -23,6 +23,16 @@ _MAX_SECONDS = 600.0
 # Tensors do not travel in JSON, the form of the outputs is the server's matter, and OpenAI's name of the last is n.
 _NOT_IN_JSON = ("latents", "generator", "output_type", "num_outputs_per_prompt")
 
+# What other programs call these fields, where the nearest name would be another one.
+_USUAL_NAMES = {
+    "steps": "num_inference_steps",
+    "num_steps": "num_inference_steps",
+    "cfg_scale": "true_cfg_scale",
+    "guidance": "guidance_scale",
+    "num_images": "n",
+    "num_images_per_prompt": "n",
+}
+
 
 class StrictModel(BaseModel):
     """A body whose unknown fields are errors that suggest the nearest name, and whose values are not converted."""
@@ -37,7 +47,9 @@ class StrictModel(BaseModel):
         merged = _with_extra_body(values) if "extra_body" in cls.model_fields else values
         for name in merged:
             if name not in cls.model_fields:
-                raise InvalidRequestError(f"unknown field {name!r}; {nearest_name(name, cls.model_fields)}", param=name)
+                usual = _USUAL_NAMES.get(str(name), "")
+                hint = f"did you mean {usual!r}?" if usual in cls.model_fields else nearest_name(name, cls.model_fields)
+                raise InvalidRequestError(f"unknown field {name!r}; {hint}", param=name)
         return {name: value for name, value in merged.items() if value is not None}  # null is absent
 
 

@@ -21,6 +21,7 @@ from vllm_omni.entrypoints.openai.errors import ApiError
 from vllm_omni.entrypoints.openai.fetch import MediaFetcher
 from vllm_omni.entrypoints.openai.protocol import RequestFields
 from vllm_omni.entrypoints.openai.storage import Storage
+from vllm_omni.errors import InvalidRequestError
 from vllm_omni.logger import init_logger
 from vllm_omni.outputs import OmniRequestOutput
 
@@ -63,9 +64,18 @@ class Server:
         if made != kind:
             raise ApiError(
                 400,
-                f"the model {self.model_name!r} makes a {made}, no {kind}; use {other}",
+                f"the model {self.model_name!r} makes {made}s, no {kind}s; use {other}",
                 code="unsupported_model",
                 param="model",
+            )
+
+    def check_pictures(self, num_pictures: int, param: str, how_to_send: str) -> None:
+        """Raises ``InvalidRequestError`` for pictures that the model does not take, or where it needs one."""
+        if num_pictures and not self.omni.engine.takes_images:
+            raise InvalidRequestError("this model takes no pictures, only text; leave them out", param=param)
+        if not num_pictures and self.omni.engine.needs_images:
+            raise InvalidRequestError(
+                f"this model works on a picture, and the request has none; send it {how_to_send}", param=param
             )
 
     def receipt(self, output: OmniRequestOutput) -> dict[str, Any]:

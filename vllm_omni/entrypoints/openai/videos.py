@@ -167,6 +167,7 @@ async def _read(request: Request) -> tuple[VideoFields, bytes | None]:
         body.input_reference = None
     server.check_model(body.model)
     server.check_kind("video", "/v1/images/generations")
+    server.check_pictures(int(picture is not None), _REFERENCE, f"as {_REFERENCE}")
     return body, picture
 
 
