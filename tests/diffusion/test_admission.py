@@ -74,6 +74,14 @@ def test_a_size_that_no_memory_holds_is_refused():
         admitted(height=16384, width=16384)
 
 
+def test_a_video_that_no_memory_holds_is_refused():
+    spec = RequestSpec(defaults={"height": 1024, "width": 1024, "num_frames": 16}, size_multiple=16)
+    assert admitted(spec=spec, num_frames=2048).sampling_params.num_frames == 2048
+    with pytest.raises(InvalidRequestError, match=r"num_frames=2049 of 1024 x 1024 make 2,148,532,224 pixels") as caught:
+        admitted(spec=spec, num_frames=2049)
+    assert caught.value.param == "num_frames"
+
+
 @pytest.mark.parametrize("values", [{"height": 16384, "width": 16384}, {"height": 33}])
 def test_a_size_that_is_refused_never_reaches_a_pre_process_function(values):
     def pre_process(request):

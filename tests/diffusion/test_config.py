@@ -183,8 +183,8 @@ def test_weights_stream_so_that_no_second_copy_of_the_model_is_in_memory(qwen_fo
     alive: list[weakref.ref] = []
     most = []
 
-    def watched(files):
-        for name, tensor in iterate_weights(files):
+    def watched(files, device):
+        for name, tensor in iterate_weights(files, device):
             alive[:] = [reference for reference in alive if reference() is not None] + [weakref.ref(tensor)]
             most.append(len(alive))
             yield name, tensor

@@ -114,8 +114,9 @@ def test_an_exception_in_the_progress_callback_ends_the_call_and_leaves_nothing_
 
 
 def test_a_bad_request_is_refused_before_any_work_and_the_engine_goes_on(qwen_omni):
-    with pytest.raises(InvalidRequestError, match="height"):
+    with pytest.raises(InvalidRequestError, match="prompt 1 of 0 to 1: height=33") as caught:
         qwen_omni.generate(["fine", "fine"], [params(), params(height=33)])
+    assert caught.value.param == "height"
     assert not qwen_omni._engine.has_requests
     assert qwen_omni.generate("fine", params())[0].finished
 

@@ -110,9 +110,8 @@ class Omni:
         params_list = _as_params_list(sampling_params, len(prompt_list))
         with self._lock:
             engine = self._require_engine()
-            requests = [
-                engine.validate(prompt, params) for prompt, params in zip(prompt_list, params_list, strict=True)
-            ]
+            pairs = zip(prompt_list, params_list, strict=True)
+            requests = [_validated(engine, *pair, i, len(prompt_list)) for i, pair in enumerate(pairs)]
             order = [engine.add_request(request) for request in requests]
             outputs = self._run(engine, sum(_num_steps(params) for params in requests), progress, max_batch_size)
         return _in_order(order, outputs)
@@ -174,6 +173,18 @@ class Omni:
                 engine.discard_all()
                 raise
         return outputs
+
+
+def _validated(
+    engine: Engine, prompt: PromptInput, params: OmniDiffusionSamplingParams, index: int, count: int
+) -> OmniDiffusionRequest:
+    """The request; an error says which one of several it is about."""
+    try:
+        return engine.validate(prompt, params)
+    except InvalidRequestError as error:
+        if count == 1:
+            raise
+        raise InvalidRequestError(f"prompt {index} of 0 to {count - 1}: {error}", param=error.param) from error
 
 
 def _as_list(prompts: PromptInput | Sequence[PromptInput]) -> list[Any]:

@@ -20,6 +20,7 @@ OUTPUT_TYPES: tuple[OutputType, ...] = ("pil", "np", "pt", "latent")
 MAX_SEED = 2**63 - 1
 MAX_SIDE = 16384
 MAX_PIXELS = 4096 * 4096  # of one picture or frame
+MAX_VIDEO_PIXELS = 1 << 31  # of all frames
 MAX_STEPS = 10_000
 MAX_OUTPUTS = 256
 

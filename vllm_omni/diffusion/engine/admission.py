@@ -15,7 +15,13 @@ from typing import Any
 from vllm_omni.diffusion.data import OmniDiffusionConfig, RequestSpec, SameAs, read_json
 from vllm_omni.diffusion.request import OmniDiffusionRequest, new_request_id
 from vllm_omni.errors import InvalidModelFolderError, InvalidRequestError
-from vllm_omni.inputs.data import MAX_PIXELS, MAX_SEED, OmniDiffusionSamplingParams, normalize_prompt
+from vllm_omni.inputs.data import (
+    MAX_PIXELS,
+    MAX_SEED,
+    MAX_VIDEO_PIXELS,
+    OmniDiffusionSamplingParams,
+    normalize_prompt,
+)
 
 SAMPLING_DEFAULTS_FILE = "sampling_defaults.json"
 
@@ -195,6 +201,14 @@ def _check_size(params: OmniDiffusionSamplingParams, spec: RequestSpec) -> None:
             f" {MAX_PIXELS:,} (4096 x 4096) are taken",
             param="height",
         )
+    if params.height is not None and params.width is not None and params.num_frames is not None:
+        num_pixels = params.num_frames * params.height * params.width
+        if num_pixels > MAX_VIDEO_PIXELS:
+            raise InvalidRequestError(
+                f"num_frames={params.num_frames} of {params.height} x {params.width} make {num_pixels:,} pixels; at"
+                f" most {MAX_VIDEO_PIXELS:,} (1035 frames of 1080 x 1920) are taken",
+                param="num_frames",
+            )
 
 
 def _resolve_seed(params: OmniDiffusionSamplingParams) -> None:
