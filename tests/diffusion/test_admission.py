@@ -77,7 +77,9 @@ def test_a_size_that_no_memory_holds_is_refused():
 def test_a_video_that_no_memory_holds_is_refused():
     spec = RequestSpec(defaults={"height": 1024, "width": 1024, "num_frames": 16}, size_multiple=16)
     assert admitted(spec=spec, num_frames=2048).sampling_params.num_frames == 2048
-    with pytest.raises(InvalidRequestError, match=r"num_frames=2049 of 1024 x 1024 make 2,148,532,224 pixels") as caught:
+    with pytest.raises(
+        InvalidRequestError, match=r"num_frames=2049 of 1024 x 1024 make 2,148,532,224 pixels"
+    ) as caught:
         admitted(spec=spec, num_frames=2049)
     assert caught.value.param == "num_frames"
 
