@@ -6,15 +6,15 @@ Shapes: R rows, I input features, O output features.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from vllm_omni.diffusion.layers.operators import operator
 
-_ROWS = 16  # of a program: the least that a tensor core multiplies
-_FEATURES = 32  # output features of a program
-_CHUNK = 256  # input features that it multiplies at once
-_NUM_STAGES = 3  # chunks that are in memory or on their way there
+_FEATURES = 8  # output features of a program
+_CHUNK = 512  # input features that it multiplies at once
+_MAX_ROWS = 4  # each keeps its sums in registers
 
 
 @triton.jit
@@ -33,27 +33,27 @@ def _few_rows_linear(
     HAS_BIAS: tl.constexpr,
 ):
     features = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    rows = tl.arange(0, ROWS)
     columns = tl.arange(0, CHUNK)
-    sums = tl.zeros((FEATURES, ROWS), dtype=tl.float32)
-    weights_at = weight + features[:, None] * width + columns[None, :]
-    values_at = x + rows[:, None] * width + columns[None, :]
-    is_feature, is_row = (features < num_features)[:, None], (rows < num_rows)[:, None]
-    for start in range(0, width, CHUNK):
-        if width % CHUNK == 0:
-            weights = tl.load(weights_at + start, mask=is_feature, other=0.0)
-            values = tl.load(values_at + start, mask=is_row, other=0.0)
-        else:
-            inside = (start + columns < width)[None, :]
-            weights = tl.load(weights_at + start, mask=is_feature & inside, other=0.0)
-            values = tl.load(values_at + start, mask=is_row & inside, other=0.0)
-        sums = tl.dot(weights.to(x.dtype.element_ty), tl.trans(values), sums)
-    is_feature = features < num_features
-    output = sums * tl.load(scales + features, mask=is_feature, other=0.0)[:, None]
+    sums = tl.zeros((ROWS, FEATURES, CHUNK), dtype=tl.float32)
+    for start in tl.static_range(0, width, CHUNK):
+        inside = start + columns < width
+        weights = tl.load(
+            weight + features[:, None] * width + start + columns[None, :],
+            mask=(features < num_features)[:, None] & inside[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        values = tl.load(
+            x + rows[:, None] * width + start + columns[None, :],
+            mask=(rows < num_rows)[:, None] & inside[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        sums += weights[None, :, :] * values[:, None, :]
+    output = tl.sum(sums, axis=2) * tl.load(scales + features, mask=features < num_features, other=0.0)[None, :]
     if HAS_BIAS:
-        output += tl.load(bias + features, mask=is_feature, other=0.0).to(tl.float32)[:, None]
-    place = rows[None, :] * num_features + features[:, None]
-    tl.store(out + place, output.to(out.dtype.element_ty), mask=is_feature[:, None] & (rows < num_rows)[None, :])
+        output += tl.load(bias + features, mask=features < num_features, other=0.0).to(tl.float32)[None, :]
+    mask = (rows < num_rows)[:, None] & (features < num_features)[None, :]
+    tl.store(out + rows[:, None] * num_features + features[None, :], output.to(out.dtype.element_ty), mask=mask)
 
 
 def few_rows_linear(
@@ -62,8 +62,11 @@ def few_rows_linear(
     """``x [R, I], weight [O, I] in FP8, scales [1, O] in float32, bias [O] -> [R, O]`` in the dtype of x."""
     x = x.contiguous()
     num_features, width = weight.shape
+    if x.shape[0] > _MAX_ROWS:  # a product of many rows pays for a weight in the dtype of x
+        scaled = F.linear(x, weight.to(x.dtype)).float() * scales
+        return (scaled if bias is None else scaled + bias).to(x.dtype)
     output = x.new_empty(x.shape[0], num_features)
-    _few_rows_linear[(triton.cdiv(num_features, _FEATURES), triton.cdiv(x.shape[0], _ROWS))](
+    _few_rows_linear[(triton.cdiv(num_features, _FEATURES),)](
         x,
         weight,
         scales,
@@ -72,12 +75,11 @@ def few_rows_linear(
         x.shape[0],
         width=width,
         num_features=num_features,
-        ROWS=_ROWS,
+        ROWS=triton.next_power_of_2(x.shape[0]),
         FEATURES=_FEATURES,
         CHUNK=_CHUNK,
         HAS_BIAS=bias is not None,
         num_warps=4,
-        num_stages=_NUM_STAGES,
     )
     return output
 
