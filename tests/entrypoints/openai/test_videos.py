@@ -45,6 +45,7 @@ def wait(server, video_id, *states, seconds=60):
         time.sleep(0.01)
         video = server.call("GET", f"/v1/videos/{video_id}")[2]
         status = video["status"]
+        assert status != "failed" or "failed" in states, video["error"]
     return video
 
 
@@ -175,6 +176,7 @@ def test_unfinished_jobs_run_again_in_the_next_server_and_finished_ones_are_ther
             wait(first, done, "completed")
             cut_off = first.call("POST", "/v1/videos", LONG | {"num_inference_steps": 400})[2]["id"]
             wait(first, cut_off, "in_progress")
+        assert not omni.live.in_progress
         with contextlib.closing(Storage(tmp_path, max_age_s=100, max_bytes=1e9)) as storage:
             assert storage.job(cut_off).state in ("queued", "in_progress")
         with running_server(omni, storage_dir=tmp_path) as second:

@@ -22,6 +22,7 @@ logger = init_logger(__name__)
 # A job that takes the process down with it would do so for ever.
 _MAX_STARTS = 3
 _SECONDS_BETWEEN_SWEEPS = 300.0
+_SECONDS_TO_LET_GO = 5.0
 
 
 class VideoJobs:
@@ -45,9 +46,14 @@ class VideoJobs:
             self._sweeping.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks.values(), timeout=max(0.0, timeout_s))
+        cut_off = set(self._tasks)
         for task in list(self._tasks.values()):
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        # The engine lets go of them before its next step. Until then their ids are in use, also for the next server.
+        ends = time.monotonic() + _SECONDS_TO_LET_GO
+        while cut_off & {live.request_id for live in self._server.omni.live.in_progress} and time.monotonic() < ends:
+            await asyncio.sleep(0.01)
 
     async def create(self, body: VideoFields, picture: bytes | None, **placing: Any) -> Job:
         """Accept a job. Raises what ``AsyncOmni.submit`` raises; then there is no job."""
