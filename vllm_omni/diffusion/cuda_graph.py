@@ -17,7 +17,7 @@ from torch import nn
 
 from vllm_omni.diffusion.compile import repeated_blocks
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.groups import current_groups
+from vllm_omni.diffusion.distributed.sequence_parallel import current_sharded_forward
 from vllm_omni.diffusion.staged_forward import RowInputs, StagedForward, Streams
 from vllm_omni.errors import first_line
 from vllm_omni.logger import init_logger
@@ -62,7 +62,10 @@ class GraphedBlocks:
         given = (streams, row_inputs, stages.shared_inputs)
         if self._failure is not None:
             return plain.run_blocks(streams, row_inputs, start, stop)
-        shapes = self._shapes((start, stop, *(_signature(tensors) for tensors in given)))
+        sharded = current_sharded_forward()
+        # Two sequences may leave this rank as many tokens, and another rank not.
+        total = None if sharded is None else sharded.total
+        shapes = self._shapes((start, stop, total, *(_signature(tensors) for tensors in given)))
         shapes.num_runs += 1
         if shapes.num_runs == 1:
             return plain.run_blocks(streams, row_inputs, start, stop)
@@ -111,12 +114,11 @@ class GraphedBlocks:
 
 
 def apply_cuda_graphs(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> GraphedBlocks | None:
-    """Let the blocks of a pipeline's transformers run as CUDA graphs, if it is compiled and on a GPU of its own.
+    """Let the blocks of a pipeline's transformers run as CUDA graphs, if it is compiled and on a GPU.
 
-    Blocks that several ranks run together send what depends on more than their own shapes.
+    What ranks exchange within a block is part of the graph. What FSDP does is not: it works from the host.
     """
-    is_alone = current_groups().forward.size == 1
-    if od_config.enforce_eager or od_config.torch_device.type != "cuda" or not is_alone:
+    if od_config.enforce_eager or od_config.torch_device.type != "cuda" or od_config.parallel_config.use_hsdp:
         return None
     blocks = GraphedBlocks()
     for transformer, _ in repeated_blocks(pipeline):

@@ -51,7 +51,5 @@ def attention_with_lse(
 
 def merge(first: PartialAttention, second: PartialAttention) -> PartialAttention:
     """Attention over the keys of both (arXiv:2205.14135, section 3.1)."""
-    lse = torch.logaddexp(first[1], second[1])
-    output = sum(part * torch.exp(part_lse - lse).transpose(1, 2).unsqueeze(-1) for part, part_lse in (first, second))
-    assert isinstance(output, torch.Tensor)
-    return output, lse
+    share = torch.sigmoid(second[1] - first[1]).transpose(1, 2).unsqueeze(-1)
+    return torch.lerp(first[0], second[0], share), torch.logaddexp(first[1], second[1])

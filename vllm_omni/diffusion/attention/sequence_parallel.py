@@ -94,15 +94,31 @@ def _tokens_for_heads(
     if group.size == 1:
         return query, key, value
     batch, _, _, head_size = query.shape
-    by_rank = list(
-        zip(query.split(list(heads), 2), key.split(list(kv_heads), 2), value.split(list(kv_heads), 2), strict=True)
+    own, widths = lengths[group.rank], (heads[group.rank], kv_heads[group.rank], kv_heads[group.rank])
+    # Tokens come first: what the ranks send is then one sequence, which attention reads as it lies.
+    sent = query.new_empty(own * batch * (sum(heads) + 2 * sum(kv_heads)) * head_size)
+    whole = query.new_empty(num_text + sum(lengths), batch, sum(widths), head_size)
+    by_rank = zip(
+        query.split(list(heads), 2), key.split(list(kv_heads), 2), value.split(list(kv_heads), 2), strict=True
     )
-    sent = [torch.cat([x[:, num_text:] for x in parts], dim=2) for parts in by_rank]
-    widths = [heads[group.rank], kv_heads[group.rank], kv_heads[group.rank]]
-    received = all_to_all(sent, [(batch, length, sum(widths), head_size) for length in lengths], group)
-    image = torch.cat(received, dim=1).split(widths, dim=2)
-    whole = [torch.cat([x[:, :num_text], y], dim=1) for x, y in zip(by_rank[group.rank], image, strict=True)]
-    return whole[0], whole[1], whole[2]
+    sent_sizes, start = [], 0
+    for rank, parts in enumerate(by_rank):
+        if rank == group.rank:
+            _join_heads(whole[:num_text], [x[:, :num_text] for x in parts])
+        size = own * batch * sum(x.shape[2] for x in parts) * head_size
+        _join_heads(sent[start : start + size].view(own, batch, -1, head_size), [x[:, num_text:] for x in parts])
+        sent_sizes.append(size)
+        start += size
+    received_sizes = [length * batch * sum(widths) * head_size for length in lengths]
+    all_to_all(sent, whole[num_text:], sent_sizes, received_sizes, group)
+    split = whole.transpose(0, 1).split(widths, dim=2)
+    return split[0], split[1], split[2]
+
+
+def _join_heads(target: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+    """Copy ``[B, S, H_i, D]`` each into ``target [S, B, sum(H_i), D]``."""
+    for x, place in zip(parts, target.split([x.shape[2] for x in parts], dim=2), strict=True):
+        place.copy_(x.transpose(0, 1))
 
 
 def _heads_for_tokens(
@@ -111,15 +127,16 @@ def _heads_for_tokens(
     """``[B, T + all tokens of the group, H of this rank, D] -> [B, T + S, H, D]``."""
     if group.size == 1:
         return output
-    batch, _, _, head_size = output.shape
-    text = output[:, :num_text]
-    starts = itertools.accumulate(lengths, initial=num_text)
-    sent = [
-        torch.cat([text, output.narrow(1, start, length)], dim=1)
-        for start, length in zip(starts, lengths, strict=False)
-    ]
-    shapes = [(batch, num_text + lengths[group.rank], width, head_size) for width in heads]
-    return torch.cat(all_to_all(sent, shapes, group), dim=2)
+    batch, _, own_heads, head_size = output.shape
+    text, *images = output.transpose(0, 1).split([num_text, *lengths])
+    sent = torch.cat([part for image in images for part in (text, image)])
+    sent_sizes = [(num_text + length) * batch * own_heads * head_size for length in lengths]
+    num_tokens = num_text + lengths[group.rank]
+    received_sizes = [num_tokens * batch * width * head_size for width in heads]
+    received = output.new_empty(sum(received_sizes))
+    all_to_all(sent, received, sent_sizes, received_sizes, group)
+    parts = [part.view(num_tokens, batch, -1, head_size) for part in received.split(received_sizes)]
+    return torch.cat([part.transpose(0, 1) for part in parts], dim=2)
 
 
 def _ring_attention(

@@ -51,11 +51,18 @@ def all_gather_along(x: torch.Tensor, dim: int, lengths: Sequence[int], group: R
     return whole.movedim(0, dim)
 
 
-def all_to_all(parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]], group: RankGroup) -> list[torch.Tensor]:
-    """Send ``parts[i]`` to rank i; returns what each rank sent, of ``shapes[i]``."""
-    sizes = [math.prod(shape) for shape in shapes]
-    sent = torch.cat([part.reshape(-1) for part in parts])
-    received = sent.new_empty(sum(sizes))
+def all_to_all(
+    sent: torch.Tensor,
+    received: torch.Tensor,
+    sent_sizes: Sequence[int],
+    received_sizes: Sequence[int],
+    group: RankGroup,
+) -> None:
+    """Send consecutive parts of ``sent``, of ``sent_sizes`` numbers, to the ranks; theirs come into ``received``.
+
+    Both are contiguous; ``received`` is written.
+    """
     with waiting_for("ranks"):
-        dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=group.process_group)
-    return [flat.view(*shape) for flat, shape in zip(received.split(sizes), shapes, strict=True)]
+        dist.all_to_all_single(
+            received.view(-1), sent.view(-1), list(received_sizes), list(sent_sizes), group=group.process_group
+        )
