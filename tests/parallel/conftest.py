@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.rank_pool import RankPool
 from tests import tiny, tiny_flux, tiny_qwen_edit, tiny_wan
-from tests.parallel.ranks import RankPool
 from vllm_omni.entrypoints.omni import SHIPPED_MODEL
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from vllm_omni import OmniDiffusionSamplingParams
 from vllm_omni.diffusion.distributed.groups import NO_GROUPS, ParallelGroups, build_groups
-from vllm_omni.diffusion.distributed.layout import ParallelLayout, check_layout
+from vllm_omni.diffusion.distributed.layout import ParallelLayout, check_layout, rank_config_device
 from vllm_omni.diffusion.engine.admission import admit
 from vllm_omni.diffusion.engine.configure import configure
 from vllm_omni.diffusion.engine.engine import _built
@@ -32,6 +34,8 @@ def generate(
     """Outputs of requests that advance together, as every rank has them."""
     config = configure(folder, options)
     groups = groups_of(check_layout(config), config.torch_device.type, config.parallel_config.use_hsdp)
+    if groups is not NO_GROUPS:
+        config = replace(config, device=rank_config_device(config.torch_device, dist.get_rank()))
     worker = Worker(config, groups=groups)
     model = resolve_diffusion_model(config.model_class_name)
     spec, pre_process = model.request_spec(config), _built(model.get_pre_process_func, config)
