@@ -34,7 +34,7 @@ def generate(
     """Outputs of requests that advance together, as every rank has them."""
     config = configure(folder, options)
     groups = groups_of(check_layout(config), config.torch_device.type, config.parallel_config.use_hsdp)
-    if groups is not NO_GROUPS:
+    if dist.is_initialized():
         config = replace(config, device=rank_config_device(config.torch_device, dist.get_rank()))
     worker = Worker(config, groups=groups)
     model = resolve_diffusion_model(config.model_class_name)

@@ -39,20 +39,22 @@ CASES = {
 class Pools:
     """A pool for each case. Those of the next cases import what takes long while one runs."""
 
-    def __init__(self):
+    def __init__(self, names):
+        self.names = names
         self.started: dict[str, RankPool] = {}
 
     def take(self, name):
-        order = list(CASES)
-        for near in order[order.index(name) : order.index(name) + 4]:
+        place = self.names.index(name)
+        for near in self.names[place : place + 4]:
             if near not in self.started:
                 self.started[near] = RankPool(2, "cuda", timeout_s=_TIMEOUT_S, preload=[__name__])
         return self.started[name]
 
 
 @pytest.fixture(scope="module")
-def pools():
-    pools = Pools()
+def pools(request):
+    chosen = [item.callspec.params["name"] for item in request.session.items if "references" in item.fixturenames]
+    pools = Pools(chosen)
     yield pools
     for pool in pools.started.values():
         pool.close()
