@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -114,6 +115,7 @@ def _serve(
     connection: Connection, rank: int, size: int, device_type: str, port: int, dump_file: str, preload: Sequence[str]
 ) -> None:
     faulthandler.register(signal.SIGUSR1, Path(dump_file).open("w"))  # noqa: SIM115 - for as long as the process lives
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     for module in preload:
         importlib.import_module(module)
@@ -137,6 +139,14 @@ def _join(rank: int, size: int, device_type: str, port: int) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+
+
+def _end_with_parent() -> None:
+    """Also where it is killed, and whatever this process does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "the pool starts its ranks"
+    parent.join()
+    os._exit(1)
 
 
 def _started() -> None:
