@@ -18,7 +18,7 @@ from vllm_omni.errors import FeatureNotAvailableError, InvalidConfigError
         ({"ulysses_degree": -2}, "ulysses_degree=-2 must be"),
         ({"ring_degree": True}, "ring_degree=True must be"),
         ({"cfg_parallel_size": "2"}, "cfg_parallel_size='2' must be"),
-        ({"distributed_executor_backend": "threads"}, "must be one of mp"),
+        ({"distributed_executor_backend": "threads"}, "must be one of mp, ray"),
         (
             {"tensor_parallel_size": 3},
             r"tensor_parallel_size=3 does not divide num_attention_heads=4.*these would: \[1, 2, 4\]",

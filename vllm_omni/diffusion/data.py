@@ -56,8 +56,10 @@ class DiffusionParallelConfig:
     hsdp_shard_size: int = _option(
         1, "ranks that hold the weights with use_hsdp; those that share a sequence do so without it"
     )
-    distributed_executor_backend: Literal["mp"] = _option(
-        "mp", "how ranks are run: mp, a process each on this machine", choices=("mp",)
+    distributed_executor_backend: Literal["mp", "ray"] = _option(
+        "mp",
+        "how ranks are run: mp, a process each on this machine; ray, an actor each on the machines of a Ray cluster",
+        choices=("mp", "ray"),
     )
 
 

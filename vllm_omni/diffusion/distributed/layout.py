@@ -150,8 +150,8 @@ def _check_heads(od_config: OmniDiffusionConfig, layout: ParallelLayout) -> None
 def _check_devices(od_config: OmniDiffusionConfig, layout: ParallelLayout) -> None:
     device = od_config.torch_device
     needed = layout.world_size * layout.data
-    if device.type != "cuda" or needed == 1:
-        return  # ranks may share a CPU
+    if device.type != "cuda" or needed == 1 or od_config.parallel_config.distributed_executor_backend == "ray":
+        return  # ranks may share a CPU; a cluster says itself whether it has room
     usable = torch.cuda.device_count() - (device.index or 0)
     if needed > usable:
         raise InvalidConfigError(

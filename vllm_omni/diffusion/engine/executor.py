@@ -55,7 +55,7 @@ def make_executor(od_config: OmniDiffusionConfig, on_load_progress: LoadProgress
         return TorchrunExecutor(od_config, layout, on_load_progress)
     if layout.data > 1:
         return ReplicatedExecutor(od_config, layout, on_load_progress)
-    if layout.world_size > 1:
+    if layout.world_size > 1 or od_config.parallel_config.distributed_executor_backend == "ray":
         return MultiprocessExecutor(od_config, layout, on_load_progress)
     return InProcessExecutor(od_config, on_load_progress)
 

@@ -1,4 +1,4 @@
-"""Ranks as processes of this machine. A rank that dies, hangs or falls out of step ends the others; all start anew."""
+"""Ranks in processes of their own. A rank that dies, hangs or falls out of step ends the others; all start anew."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class MultiprocessExecutor:
         self._num_restarts = 0
         self._restart_at = 0.0
         self._end: RankFailureError | None = None  # why there will be no other start
-        self._pool: RankPool | None = RankPool(od_config, layout, first_device)
-        self._is_ready = False
+        self._pool: RankPool | None = None
+        self._start()
         self._await_ready()
 
     @property
@@ -63,7 +63,7 @@ class MultiprocessExecutor:
     @property
     def pids(self) -> list[int]:
         """Process ids of the ranks."""
-        return [] if self._pool is None else [rank.process.pid for rank in self._pool.ranks]
+        return [] if self._pool is None else [rank.handle.pid for rank in self._pool.ranks]
 
     def execute(self, command: WorkerCommand) -> WorkerResult:
         """Run a command on all ranks. A failed rank is an error of every request in progress."""
@@ -158,7 +158,7 @@ class MultiprocessExecutor:
         return WorkerResult(errors=errors)
 
     def _start(self) -> None:
-        self._pool, self._is_ready = RankPool(self._config, self._layout, self._first_device), False
+        self._pool, self._is_ready = _new_pool(self._config, self._layout, self._first_device), False
 
     def _recover(self) -> None:
         """Have ranks that are ready. Raises ``RankFailureError`` if they cannot be had."""
@@ -200,3 +200,11 @@ class MultiprocessExecutor:
             self._pool = None
             raise
         self._is_ready = True
+
+
+def _new_pool(od_config: OmniDiffusionConfig, layout: ParallelLayout, first_device: int) -> RankPool:
+    if od_config.parallel_config.distributed_executor_backend == "ray":
+        from vllm_omni.diffusion.engine.ray_rank_pool import RayRankPool  # an extra
+
+        return RayRankPool(od_config, layout)
+    return RankPool(od_config, layout, first_device)

@@ -11,10 +11,10 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,22 @@ from vllm_omni.diffusion.worker.rank_messages import RankBeat, RankSetup
 from vllm_omni.errors import RankFailureError
 
 _CLOSING_S = 3.0  # that ranks have to end by themselves
-_SEND_TIMEOUT_S = 8.0
+SEND_TIMEOUT_S = 8.0
+
+
+class RankHandle(Protocol):
+    """The process of a rank, wherever it runs."""
+
+    pid: int
+
+    def why_gone(self) -> str | None:
+        """How the process ended, or None while it lives."""
+
+    def wait(self, seconds: float) -> None:
+        """Wait for its end, no longer than this."""
+
+    def kill(self) -> None:
+        """End it now."""
 
 
 @dataclass(kw_only=True)
@@ -35,46 +50,55 @@ class Rank:
     """One process, and what was last heard of it."""
 
     number: int
-    process: subprocess.Popen[bytes]
+    handle: RankHandle
     channel: Channel
     beat: RankBeat = field(default_factory=lambda: RankBeat(idle_s=0.0, waiting_for=None))
     beat_time: float = field(default_factory=time.monotonic)
 
-    def why_gone(self) -> str | None:
-        """How the process ended, or None while it lives."""
-        code = self.process.poll()
-        if code is None:
-            return None
-        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-
 
 class RankPool:
-    """One process per rank, from its start to its end. ``first_device`` counts devices from the configured one."""
+    """One process per rank on this machine. ``first_device`` counts devices from the configured one."""
 
     def __init__(self, od_config: OmniDiffusionConfig, layout: ParallelLayout, first_device: int = 0) -> None:
+        host = self._host()
         # No port is chosen here: the kernel gives one that is free, and takes it back with the store.
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         num_threads = max(1, torch.get_num_threads() // (layout.world_size * layout.data))
         self._selector = selectors.DefaultSelector()
         self.ranks: list[Rank] = []
         self._first, self._total = first_device, layout.world_size * layout.data  # as errors count, over all replicas
+        handles: list[RankHandle] = []
         # Whatever happens to this object, and at the latest when the interpreter ends.
-        self._finalizer = weakref.finalize(self, _kill, self.ranks)
-        for number in range(layout.world_size):
-            device = rank_config_device(od_config.torch_device, first_device + number)
-            rank = _started(number)
+        self._finalizer = weakref.finalize(self, _kill, handles)
+        for rank in self._start(layout.world_size, od_config.torch_device, handles):
             self.ranks.append(rank)
             self._selector.register(rank.channel, selectors.EVENT_READ, rank)
             setup = RankSetup(
-                od_config=replace(od_config, device=device),
-                rank=number,
+                od_config=replace(od_config, device=self._device(od_config.torch_device, first_device + rank.number)),
+                rank=rank.number,
                 layout=layout,
-                store_host="127.0.0.1",
+                store_host=host,
                 store_port=self._store.port,
                 num_threads=num_threads,
                 registry_entry=registry_entry(od_config.model_class_name),
             )
             rank.channel.send(setup)
+
+    def _host(self) -> str:
+        """The address at which the ranks reach this process."""
+        return "127.0.0.1"
+
+    def _device(self, device: torch.device, number: int) -> str:
+        return rank_config_device(device, number)
+
+    def _start(self, num_ranks: int, device: torch.device, handles: list[RankHandle]) -> Iterator[Rank]:
+        """The ranks in their order. Whatever has been started is in ``handles``, also after an error."""
+        for number in range(num_ranks):
+            ours, theirs = socket.socketpair()
+            ours.settimeout(SEND_TIMEOUT_S)
+            handle = _LocalProcess(theirs)
+            handles.append(handle)
+            yield Rank(number=number, handle=handle, channel=Channel(ours))
 
     def broadcast(self, value: Any) -> None:
         """Send ``value`` to every rank. Raises ``RankFailureError`` for one that does not take it."""
@@ -84,7 +108,9 @@ class RankPool:
                 try:
                     rank.channel.send_message(message)
                 except OSError:
-                    raise self.failure(rank, rank.why_gone() or f"took no command for {_SEND_TIMEOUT_S:g} s") from None
+                    raise self.failure(
+                        rank, rank.handle.why_gone() or f"took no command for {SEND_TIMEOUT_S:g} s"
+                    ) from None
         finally:
             message.close()
 
@@ -95,9 +121,8 @@ class RankPool:
             try:
                 value = rank.channel.receive()
             except (EOFError, OSError):
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    rank.process.wait(1.0)
-                raise self.failure(rank, rank.why_gone() or "closed its channel") from None
+                rank.handle.wait(1.0)
+                raise self.failure(rank, rank.handle.why_gone() or "closed its channel") from None
             rank.beat_time = time.monotonic()
             if isinstance(value, RankBeat):
                 rank.beat = value
@@ -107,7 +132,7 @@ class RankPool:
     def failure(self, rank: Rank, cause: str, detail: str | None = None) -> RankFailureError:
         """The error for ``rank``; for another one, if that has died: then what ``rank`` says only follows from it."""
         for other in self.ranks:
-            gone = other.why_gone()
+            gone = other.handle.why_gone()
             if gone is not None:
                 rank, cause, detail = other, gone, None
                 break
@@ -122,29 +147,42 @@ class RankPool:
         if gently:
             deadline = time.monotonic() + _CLOSING_S
             for rank in self.ranks:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    rank.process.wait(max(0.0, deadline - time.monotonic()))
+                rank.handle.wait(max(0.0, deadline - time.monotonic()))
         self._finalizer()
         self._selector.close()
         del self._store
 
 
-def _started(number: int) -> Rank:
-    ours, theirs = socket.socketpair()
-    ours.settimeout(_SEND_TIMEOUT_S)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vllm_omni.diffusion.worker.rank_process", str(theirs.fileno())],
-        pass_fds=(theirs.fileno(),),
-        stdin=subprocess.DEVNULL,
-        env=environment,
-    )
-    theirs.close()
-    return Rank(number=number, process=process, channel=Channel(ours))
+class _LocalProcess:
+    """A child of this process, with one end of a socket."""
+
+    def __init__(self, end: socket.socket) -> None:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "vllm_omni.diffusion.worker.rank_process", str(end.fileno())],
+            pass_fds=(end.fileno(),),
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+        end.close()
+        self.pid = self._process.pid
+
+    def why_gone(self) -> str | None:
+        code = self._process.poll()
+        if code is None:
+            return None
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+
+    def wait(self, seconds: float) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+
+    def kill(self) -> None:
+        self._process.kill()
 
 
-def _kill(ranks: list[Rank]) -> None:
-    for rank in ranks:
-        rank.process.kill()
-    for rank in ranks:
-        rank.process.wait()
+def _kill(handles: list[RankHandle]) -> None:
+    for handle in handles:
+        handle.kill()
+    for handle in handles:
+        handle.wait(_CLOSING_S)

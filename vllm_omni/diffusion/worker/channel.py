@@ -1,7 +1,8 @@
-"""Messages between the engine and its ranks, over a socket of the same machine.
+"""Messages between the engine and its ranks, over a socket.
 
-Small ones travel in the socket. Large ones, as with a picture or a video, lie in anonymous shared memory whose
-descriptor travels: a broadcast copies them once, and the kernel frees them when the last process lets go or dies.
+Small ones travel in the socket. Large ones, as with a picture or a video, lie in anonymous shared memory: a broadcast
+copies them once. On the same machine its descriptor travels, and the kernel frees it when the last process lets go or
+dies; to another machine its content does.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class Channel:
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
+        self._is_local = end.family == socket.AF_UNIX  # descriptors can travel
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -87,6 +89,10 @@ class Channel:
         if message.descriptor is None:
             assert message.inline is not None, "a message is in shared memory or inline"
             self._socket.sendall(header + message.inline)
+        elif not self._is_local:
+            self._socket.sendall(_HEADER.pack(message.num_bytes, message.num_pickled, False))
+            with open(message.descriptor, "rb", closefd=False) as content:
+                self._socket.sendfile(content, 0, message.num_bytes)
         else:
             self._socket.sendall(header)
             socket.send_fds(self._socket, [b"\0"], [message.descriptor])
@@ -94,7 +100,7 @@ class Channel:
     def receive(self) -> Any:
         num_bytes, num_pickled, is_shared = _HEADER.unpack(self._read(_HEADER.size))
         if not is_shared:
-            return _loads(bytearray(self._read(num_bytes)), num_pickled)
+            return _loads(self._read(num_bytes), num_pickled)
         _, descriptors, _, _ = socket.recv_fds(self._socket, 1, 1)
         if not descriptors:
             raise EOFError("the other end closed the channel")
@@ -108,15 +114,15 @@ class Channel:
     def close(self) -> None:
         self._socket.close()
 
-    def _read(self, num_bytes: int) -> bytes:
-        parts = []
-        while num_bytes:
-            part = self._socket.recv(num_bytes)
-            if not part:
+    def _read(self, num_bytes: int) -> bytearray:
+        content = bytearray(num_bytes)
+        left = memoryview(content)
+        while left:
+            count = self._socket.recv_into(left)
+            if not count:
                 raise EOFError("the other end closed the channel")
-            parts.append(part)
-            num_bytes -= len(part)
-        return b"".join(parts)
+            left = left[count:]
+        return content
 
 
 def _padded(num_bytes: int) -> int:
