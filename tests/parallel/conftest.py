@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.rank_pool import RankPool
 from tests import tiny, tiny_flux, tiny_qwen_edit, tiny_wan
-from vllm_omni.entrypoints.omni import SHIPPED_MODEL
+from vllm_omni.entrypoints.omni import SHIPPED_MODELS
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def four_ranks():
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """A function from the name of a model to its folder, which it makes at the first call."""
-    made = {"shipped": str(SHIPPED_MODEL)}
+    made = {f"shipped_{task.rpartition('-')[2]}": str(folder) for task, folder in SHIPPED_MODELS.items()}
     makers = {
         "qwen_image": tiny.qwen_image,
         "qwen_image_edit": tiny_qwen_edit.qwen_image_edit,

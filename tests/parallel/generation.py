@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from vllm_omni.diffusion.engine.engine import _built
 from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerOutput
 from vllm_omni.diffusion.worker.worker import Worker
+from vllm_omni.platforms.cpu import CpuPlatform
 
 Prompt = Any
 
@@ -31,7 +33,16 @@ def groups_of(layout: ParallelLayout, device_type: str, use_hsdp: bool) -> Paral
 def generate(
     folder: str, options: dict[str, Any], prompts: Sequence[Prompt], params: Sequence[dict[str, Any]]
 ) -> list[WorkerOutput]:
-    """Outputs of requests that advance together, as every rank has them."""
+    """Outputs of requests that advance together, as every rank has them. FP8 runs on CPUs, too."""
+    if options.get("quantization") and options.get("device", "cpu") == "cpu":
+        with mock.patch.object(CpuPlatform, "why_no_fp8", return_value=None):  # torch computes it there, slowly
+            return _generate(folder, options, prompts, params)
+    return _generate(folder, options, prompts, params)
+
+
+def _generate(
+    folder: str, options: dict[str, Any], prompts: Sequence[Prompt], params: Sequence[dict[str, Any]]
+) -> list[WorkerOutput]:
     config = configure(folder, options)
     groups = groups_of(check_layout(config), config.torch_device.type, config.parallel_config.use_hsdp)
     if dist.is_initialized():
@@ -71,3 +82,14 @@ def largest_difference(ours: Sequence[WorkerOutput], reference: Sequence[WorkerO
         assert other.output.std() > 0.05, "a constant output proves nothing"
         differences.append((mine.output - other.output).abs().max().item())
     return max(differences)
+
+
+def distance_in_fp8(quantized: Sequence[WorkerOutput], exact: Sequence[WorkerOutput]) -> float:
+    """Root mean square of the difference to full precision, relative to that. Ranks round otherwise than one does."""
+    difference, whole = (
+        torch.cat([pick(one, other).flatten() for one, other in zip(quantized, exact, strict=True)])
+        for pick in (lambda one, other: one.output - other.output, lambda one, other: other.output)
+    )
+    distance = (difference.norm() / whole.norm()).item()
+    assert distance > 1e-4, "nothing was quantized"
+    return distance

@@ -1,4 +1,4 @@
-"""Requests of every tiny model and of the shipped one, small and of sizes that do not divide by the number of ranks."""
+"""Requests of every tiny and shipped model, small and of sizes that do not divide by the number of ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ SHORT, LONG = "a red circle", "a cat holding a sign that says hello"
 FAMILIES = ("qwen_image", "flux", "wan_t2v")
 MODELS = (
     *FAMILIES,
-    "shipped",
+    "shipped_image",
+    "shipped_edit",
+    "shipped_video",
     "qwen_image_edit",
     "qwen_image_edit_plus",
     "qwen_image_layered",
@@ -35,6 +37,7 @@ def requests_of(model: str) -> Requests:
         "flux_kontext",
         "wan_i2v",
         "wan_i2v_21",
+        "shipped_edit",
     ):
         image = {"multi_modal_data": {"image": picture(48, 40)}}
         plain, guided = {"prompt": SHORT, **image}, {**guided, **image}
@@ -43,9 +46,10 @@ def requests_of(model: str) -> Requests:
         shared["extra_args"] = {"layers": 2}
     else:
         shared |= {"height": 80, "width": 112}
-    if model == "shipped":
-        shared |= {"height": 96, "width": 96}
-    if model.startswith("wan"):
+    if model.startswith("shipped"):
+        side = 192 if model == "shipped_edit" else 96
+        shared |= {"height": side, "width": side}
+    if model.startswith("wan") or model == "shipped_video":
         shared |= {"height": 96, "width": 64, "num_frames": 5, "num_inference_steps": 5}
         scale = "guidance_scale"
     else:

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 
-from tests.parallel.generation import generate, largest_difference
+from tests.parallel.generation import distance_in_fp8, generate, largest_difference
 from tests.parallel.layouts import DBCACHE, FOUR, TEACACHE, TWO
 from tests.parallel.models import FAMILIES, MODELS, requests_of
 from tests.parity import LATENT_TOLERANCE
@@ -33,8 +33,8 @@ def test_two_ranks_give_the_latents_of_one(two_ranks, folders, model, layout):
 
 
 def cases(models, layouts):
-    """All pairs; but five heads, as the shipped model has, do not divide for tensor parallelism."""
-    return [(m, name) for m in models for name in layouts if m != "shipped" or "tp" not in name]
+    """All pairs; but six heads, as the shipped video model has, do not divide by four."""
+    return [(m, name) for m in models for name in layouts if m != "shipped_video" or name != "tp4"]
 
 
 @pytest.mark.parallel
@@ -62,6 +62,16 @@ def test_a_step_cache_skips_what_it_skips_on_one_rank(two_ranks, folders, layout
 def test_every_cache_skips_what_it_skips_on_one_rank(two_ranks, folders, model, layout, cache):
     expected = check(two_ranks, folders(model), model, TWO[layout], cache)
     assert all(output.step_cache.num_skipped for output in expected)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "u2", pytest.param("r2", marks=pytest.mark.parallel), "cfg2"])
+@pytest.mark.parametrize("model", FAMILIES)
+def test_ranks_in_fp8_are_as_near_to_full_precision_as_one_is(two_ranks, folders, model, layout):
+    folder, fp8 = folders(model), {"quantization": "fp8"}
+    exact = reference(folder, model)
+    alone = distance_in_fp8(reference(folder, model, tuple(fp8.items())), exact)
+    for outputs in two_ranks.run(generate, folder, {**fp8, **TWO[layout]}, *requests_of(model)):
+        assert distance_in_fp8(outputs, exact) <= 1.25 * alone
 
 
 @pytest.mark.parallel
