@@ -48,6 +48,9 @@ MODELS = [
 ]
 
 
+LINKS = {"NVLink": NVLINK_BYTES, "400 Gbit/s": NETWORK_BYTES, "PCIe 4": 20e9, "10 Gbit/s": 1.1e9}
+
+
 def bandwidth(num_ranks: int) -> float:
     """The slowest link of a group of consecutive GPUs."""
     return NVLINK_BYTES if num_ranks <= GPUS_PER_NODE else NETWORK_BYTES
@@ -58,12 +61,12 @@ def one(model: Model) -> float:
     return model.gemm_flops(tokens) / GEMM_FLOPS + model.attention_flops / ATTENTION_FLOPS
 
 
-def ulysses(model: Model, ranks: int) -> float:
+def ulysses(model: Model, ranks: int, link: float | None = None) -> float:
     """Text is on every rank; three tensors go out and one comes back in each layer."""
     local = model.num_image / ranks
     compute = model.gemm_flops(local + model.num_text) / GEMM_FLOPS + model.attention_flops / ranks / ATTENTION_FLOPS
     sent = 4 * local * model.width * 2 * (ranks - 1) / ranks
-    return compute + model.num_layers * (sent / bandwidth(ranks) + 2 * LATENCY_S)
+    return compute + model.num_layers * (sent / (link or bandwidth(ranks)) + 2 * LATENCY_S)
 
 
 def ring(model: Model, ranks: int) -> float:
@@ -76,11 +79,23 @@ def ring(model: Model, ranks: int) -> float:
     return compute + max(attention, travel) + model.num_layers * LATENCY_S
 
 
-def tensor(model: Model, ranks: int) -> float:
+def tensor(model: Model, ranks: int, link: float | None = None) -> float:
     """Two sums over the ranks in each layer, of all tokens."""
     summed = 2 * (model.num_image + model.num_text) * model.width * 2
     sent = 2 * (ranks - 1) / ranks * summed
-    return one(model) / ranks + model.num_layers * (sent / bandwidth(ranks) + 2 * LATENCY_S)
+    return one(model) / ranks + model.num_layers * (sent / (link or bandwidth(ranks)) + 2 * LATENCY_S)
+
+
+def sharded_weights(model: Model, ranks: int, link: float) -> float:
+    """HSDP: a block's weights come while the one before it computes; a forward on each rank."""
+    received = 2 * model.gemm_params * (ranks - 1) / ranks
+    return max(one(model), received / link) / ranks
+
+
+def pipeline(model: Model, ranks: int, link: float, rows: int) -> float:
+    """Not built: blocks on different ranks, ``rows`` forwards on their way at a time. Latents go round at each step."""
+    handed_over = (model.num_image + model.num_text) * model.width * 2 / link + LATENCY_S
+    return max((one(model) + ranks * handed_over) / rows, one(model) / ranks, handed_over)
 
 
 def guided(seconds: float) -> float:
@@ -103,6 +118,23 @@ def main() -> None:
             speedup = 2 * one(model) / seconds
             cells.append(f"{speedup:.2f} ({100 * speedup / ranks:.0f} %)")
         print(f"| {model.name}, guided | CFG x Ulysses | " + " | ".join(cells) + " |")
+    print_links(MODELS[0])
+
+
+def print_links(model: Model, ranks: int = 2) -> None:
+    """Forwards in the time of one on one GPU, over links of different speed."""
+    print(f"\n| {model.name}, {ranks} GPUs | " + " | ".join(LINKS) + " |")
+    print("|---" * (len(LINKS) + 1) + "|")
+    ways = {
+        "Ulysses": lambda link: ulysses(model, ranks, link),
+        "tensor": lambda link: tensor(model, ranks, link),
+        "HSDP, a forward per rank": lambda link: sharded_weights(model, ranks, link),
+        "pipeline, one forward": lambda link: pipeline(model, ranks, link, 1),
+        f"pipeline, {ranks} forwards": lambda link: pipeline(model, ranks, link, ranks),
+        f"pipeline, {2 * ranks} forwards": lambda link: pipeline(model, ranks, link, 2 * ranks),
+    }
+    for name, seconds in ways.items():
+        print(f"| {name} | " + " | ".join(f"{one(model) / seconds(link):.2f}" for link in LINKS.values()) + " |")
 
 
 if __name__ == "__main__":

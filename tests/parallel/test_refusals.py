@@ -16,6 +16,7 @@ from vllm_omni.errors import FeatureNotAvailableError, InvalidConfigError
     [
         ({"tensor_parallel_size": 0}, "tensor_parallel_size=0 must be an integer of at least 1"),
         ({"ulysses_degree": -2}, "ulysses_degree=-2 must be"),
+        ({"pipeline_parallel_size": 0}, "pipeline_parallel_size=0 must be"),
         ({"ring_degree": True}, "ring_degree=True must be"),
         ({"cfg_parallel_size": "2"}, "cfg_parallel_size='2' must be"),
         ({"distributed_executor_backend": "threads"}, "must be one of mp, ray"),
@@ -47,6 +48,7 @@ def test_sizes_that_do_not_fit_are_refused_with_what_would(qwen_folder, options,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2: blocks are not spread.*data_parallel_size for"),
         ({"use_hsdp": True, "hsdp_shard_size": 2, "tensor_parallel_size": 2}, "both split the same weights"),
         ({"use_hsdp": True, "hsdp_shard_size": 2, "quantization": "fp8"}, "scales of a weight do not travel"),
     ],

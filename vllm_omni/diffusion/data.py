@@ -52,6 +52,7 @@ class DiffusionParallelConfig:
     ring_degree: int = _option(1, "ranks that share a sequence and pass on keys and values in attention (ring)")
     data_parallel_size: int = _option(1, "replicas of the model, each on its own ranks; requests go to the least busy")
     vae_parallel_size: int = _option(1, "ranks, of those that there are, that share the tiles of vae_use_tiling")
+    pipeline_parallel_size: int = _option(1, "ranks that hold different blocks; above 1 it is refused, with the reason")
     use_hsdp: bool = _option(False, "let each rank hold a part of the weights and gather a block when it runs (FSDP2)")
     hsdp_shard_size: int = _option(
         1, "ranks that hold the weights with use_hsdp; those that share a sequence do so without it"

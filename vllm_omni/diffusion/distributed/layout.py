@@ -84,6 +84,12 @@ def check_layout(od_config: OmniDiffusionConfig) -> ParallelLayout:
 def _check_combination(od_config: OmniDiffusionConfig, layout: ParallelLayout) -> None:
     config = od_config.parallel_config
     sequence = layout.ring * layout.ulysses
+    if config.pipeline_parallel_size > 1:
+        raise FeatureNotAvailableError(
+            f"pipeline_parallel_size={config.pipeline_parallel_size}: blocks are not spread over ranks, for a request"
+            " would be no faster and its weights fit by other means; use tensor_parallel_size or ulysses_degree for"
+            " speed, data_parallel_size for throughput, use_hsdp for memory (docs/features/parallel.md says why)"
+        )
     if config.use_hsdp:
         if od_config.quantization is not None:
             raise FeatureNotAvailableError(
