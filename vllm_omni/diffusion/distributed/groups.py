@@ -27,16 +27,12 @@ class RankGroup:
     rank: int = 0
     size: int = 1
     process_group: Any = field(default=None, repr=False, compare=False)  # None for a group of one
+    # What torch's functional collectives call the group: a string, which compilers need not look into a group for.
+    name: str = field(default="", repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
             raise ValueError(f"rank={self.rank} must be at least 0 and less than size={self.size}")
-
-    @property
-    def name(self) -> str:
-        """What torch's functional collectives call the group."""
-        assert self.process_group is not None, "a group that communicates was made from a device mesh"
-        return str(self.process_group.group_name)
 
 
 @dataclass(frozen=True)
@@ -137,7 +133,7 @@ def build_groups(layout: ParallelLayout, device_type: str, use_hsdp: bool = Fals
         ring=_group(mesh["ring"]),
         ulysses=_group(mesh["ulysses"]),
         sequence=_group(sequence),
-        tp=TensorParallelRank(tp.rank, tp.size, tp.process_group),
+        tp=TensorParallelRank(tp.rank, tp.size, tp.process_group, tp.name),
         forward=_group(forward),
         weights=_group(weights) if use_hsdp else ALONE,
         vae=vae,
@@ -147,4 +143,7 @@ def build_groups(layout: ParallelLayout, device_type: str, use_hsdp: bool = Fals
 
 
 def _group(mesh: DeviceMesh) -> RankGroup:
-    return RankGroup(mesh.get_local_rank(), mesh.size(), mesh.get_group() if mesh.size() > 1 else None)
+    if mesh.size() == 1:
+        return ALONE
+    group = mesh.get_group()
+    return RankGroup(mesh.get_local_rank(), mesh.size(), group, str(group.group_name))
