@@ -39,7 +39,8 @@ def requests_of(model: str) -> Requests:
         "wan_i2v_21",
         "shipped_edit",
     ):
-        image = {"multi_modal_data": {"image": picture(48, 40)}}
+        size = (64, 64) if model == "shipped_edit" else (48, 40)
+        image = {"multi_modal_data": {"image": picture(*size)}}
         plain, guided = {"prompt": SHORT, **image}, {**guided, **image}
     shared: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent"}
     if model == "qwen_image_layered":
