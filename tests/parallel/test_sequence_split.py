@@ -95,10 +95,29 @@ def test_a_pipeline_without_a_plan_is_refused():
 @pytest.mark.parametrize("kind", ["whole sequence", "text in front", "split at each block", "wrong dims"])
 @pytest.mark.parametrize("ring", [1, 2], ids=["ulysses", "ring"])
 def test_plans_of_the_guide_work_on_a_transformer_that_knows_nothing_of_ranks(two_ranks, kind, ring):
-    for error, ours, expected, tokens in two_ranks.run(run_toy, kind, ring):
+    for answer in two_ranks.run(run_toy, kind, ring, 2 // ring):
         if kind == "wrong dims":
-            assert "expected_dims is 4" in error
+            assert "expected_dims is 4" in answer[0]
             continue
-        assert error is None
-        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
-        assert tokens < expected.shape[1], "nothing was split"
+        assert_same(*answer)
+
+
+@pytest.mark.parametrize("kind", ["whole sequence", "text in front"])
+@pytest.mark.parametrize("ring", [1, 2], ids=["ulysses", "ring"])
+def test_ranks_that_write_to_each_others_memory_exchange_the_same(two_ranks, tmp_path, kind, ring):
+    for answer in two_ranks.run(run_toy, kind, ring, 2 // ring, str(tmp_path)):
+        assert_same(*answer)
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize(("ring", "ulysses"), [(2, 2), (4, 1)])
+@pytest.mark.parametrize("peers", [False, True])
+def test_more_ranks_exchange_the_same(four_ranks, tmp_path, ring, ulysses, peers):
+    for answer in four_ranks.run(run_toy, "text in front", ring, ulysses, str(tmp_path) if peers else None):
+        assert_same(*answer)
+
+
+def assert_same(error, ours, expected, tokens):
+    assert error is None
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    assert tokens < expected.shape[1], "nothing was split"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
+
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tests.parallel.generation import groups_of
@@ -65,11 +69,55 @@ def _plan(kind):
     return {"": {"hidden_states": split, "positions": split}, **gather}
 
 
+class FileMemory:
+    """What :class:`PeerMemory` is on GPUs, in files that processes share."""
+
+    def __init__(self, folder, group):
+        self.folder, self.group = folder, group
+        self.members = dist.get_process_group_ranks(group.process_group)
+
+    def buffer(self, name, num_bytes):
+        return FileBuffer([f"{self.folder}/{name}-{self.members}-{rank}" for rank in self.members], num_bytes, self)
+
+    def beside(self):
+        return contextlib.nullcontext()
+
+    def join(self):
+        pass
+
+
+class FileBuffer:
+    def __init__(self, paths, num_bytes, memory):
+        self.memory = memory
+        self.maps = [torch.from_file(path, shared=True, size=1 << 20, dtype=torch.uint8) for path in paths]
+        assert num_bytes <= 1 << 20
+
+    def on(self, rank, shape, dtype):
+        return self.maps[rank].view(dtype)[: torch.Size(shape).numel()].view(shape)
+
+    def barrier(self):
+        dist.barrier(group=self.memory.group.process_group)
+
+
+def with_peers(groups, folder):
+    """The groups with memory that their ranks write to."""
+    return replace(
+        groups,
+        **{
+            name: replace(group, peers=FileMemory(folder, group))
+            for name, group in (("ring", groups.ring), ("ulysses", groups.ulysses))
+            if group.size > 1
+        },
+    )
+
+
 @torch.inference_mode()
-def run_toy(kind, ring):
+def run_toy(kind, ring, ulysses, peers_folder=None):
     """The error, or output on ranks, output of one, and how many tokens a block saw."""
     num_text = NUM_TEXT if kind == "text in front" else 0
-    groups = groups_of(ParallelLayout(ring=ring, ulysses=2 // ring), "cpu", False)
+    groups = groups_of(ParallelLayout(ring=ring, ulysses=ulysses), "cpu", False)
+    if peers_folder is not None:
+        groups = with_peers(groups, peers_folder)
 
     class Planned(ToyTransformer):
         _sp_plan = _plan(kind)

@@ -14,13 +14,12 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 
+from vllm_omni.diffusion.attention.exchange import heads_for_tokens, pass_on, tokens_for_heads
 from vllm_omni.diffusion.attention.log_sum_exp import attention_with_lse, merge
 from vllm_omni.diffusion.attention.selector import select_backend
-from vllm_omni.diffusion.distributed.collectives import all_gather_along, all_to_all
+from vllm_omni.diffusion.distributed.collectives import all_gather_along
 from vllm_omni.diffusion.distributed.groups import RankGroup
-from vllm_omni.diffusion.distributed.rank_status import waiting_for
 from vllm_omni.diffusion.distributed.sequence_parallel import ShardedForward, shard_lengths
 
 
@@ -54,7 +53,7 @@ def split_attention(
     if key.shape[2] != query.shape[2] and (key.shape[2] % size or query.shape[2] % size):
         key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], 2) for x in (key, value))
     kv_heads = shard_lengths(key.shape[2], size)
-    query, key, value = _tokens_for_heads(query, key, value, num_text, by_place[place], heads, kv_heads, ulysses)
+    query, key, value = tokens_for_heads(query, key, value, num_text, by_place[place], heads, kv_heads, ulysses)
     backend = select_backend(requested_backend, query, key, causal, mask)
     forward.used_backends.add(backend.name)
     if ring.size == 1:
@@ -62,7 +61,7 @@ def split_attention(
     else:
         lengths = [sum(part) for part in by_place]
         output = _ring_attention(backend.name, query, key, value, softmax_scale, mask, num_text, lengths, ring)
-    return _heads_for_tokens(output, num_text, by_place[place], heads, ulysses)
+    return heads_for_tokens(output, num_text, by_place[place], heads, ulysses)
 
 
 def _whole_mask(attn_mask: torch.Tensor | None, num_text: int, forward: ShardedForward) -> torch.Tensor | None:
@@ -78,65 +77,6 @@ def _whole_mask(attn_mask: torch.Tensor | None, num_text: int, forward: ShardedF
         return attn_mask
     image = all_gather_along(attn_mask[:, num_text:].to(torch.uint8), 1, forward.lengths, forward.group)
     return torch.cat([attn_mask[:, :num_text].bool(), image.bool()], dim=1)
-
-
-def _tokens_for_heads(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    num_text: int,
-    lengths: Sequence[int],
-    heads: Sequence[int],
-    kv_heads: Sequence[int],
-    group: RankGroup,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``query [B, T + S, H, D] -> [B, T + all tokens of the group, H of this rank, D]``; key and value likewise."""
-    if group.size == 1:
-        return query, key, value
-    batch, _, _, head_size = query.shape
-    own, widths = lengths[group.rank], (heads[group.rank], kv_heads[group.rank], kv_heads[group.rank])
-    # Tokens come first: what the ranks send is then one sequence, which attention reads as it lies.
-    sent = query.new_empty(own * batch * (sum(heads) + 2 * sum(kv_heads)) * head_size)
-    whole = query.new_empty(num_text + sum(lengths), batch, sum(widths), head_size)
-    by_rank = zip(
-        query.split(list(heads), 2), key.split(list(kv_heads), 2), value.split(list(kv_heads), 2), strict=True
-    )
-    sent_sizes, start = [], 0
-    for rank, parts in enumerate(by_rank):
-        if rank == group.rank:
-            _join_heads(whole[:num_text], [x[:, :num_text] for x in parts])
-        size = own * batch * sum(x.shape[2] for x in parts) * head_size
-        _join_heads(sent[start : start + size].view(own, batch, -1, head_size), [x[:, num_text:] for x in parts])
-        sent_sizes.append(size)
-        start += size
-    received_sizes = [length * batch * sum(widths) * head_size for length in lengths]
-    all_to_all(sent, whole[num_text:], sent_sizes, received_sizes, group)
-    split = whole.transpose(0, 1).split(widths, dim=2)
-    return split[0], split[1], split[2]
-
-
-def _join_heads(target: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
-    """Copy ``[B, S, H_i, D]`` each into ``target [S, B, sum(H_i), D]``."""
-    for x, place in zip(parts, target.split([x.shape[2] for x in parts], dim=2), strict=True):
-        place.copy_(x.transpose(0, 1))
-
-
-def _heads_for_tokens(
-    output: torch.Tensor, num_text: int, lengths: Sequence[int], heads: Sequence[int], group: RankGroup
-) -> torch.Tensor:
-    """``[B, T + all tokens of the group, H of this rank, D] -> [B, T + S, H, D]``."""
-    if group.size == 1:
-        return output
-    batch, _, own_heads, head_size = output.shape
-    text, *images = output.transpose(0, 1).split([num_text, *lengths])
-    sent = torch.cat([part for image in images for part in (text, image)])
-    sent_sizes = [(num_text + length) * batch * own_heads * head_size for length in lengths]
-    num_tokens = num_text + lengths[group.rank]
-    received_sizes = [num_tokens * batch * width * head_size for width in heads]
-    received = output.new_empty(sum(received_sizes))
-    all_to_all(sent, received, sent_sizes, received_sizes, group)
-    parts = [part.view(num_tokens, batch, -1, head_size) for part in received.split(received_sizes)]
-    return torch.cat([part.transpose(0, 1) for part in parts], dim=2)
 
 
 def _ring_attention(
@@ -159,36 +99,20 @@ def _ring_attention(
     def mask_of(place: int) -> torch.Tensor | None:
         return None if image_mask is None else image_mask[:, starts[place] : starts[place + 1]]
 
-    block = torch.stack([key[:, num_text:], value[:, num_text:]])
+    parts = (key[:, num_text:], value[:, num_text:])
     own_mask = None if text_mask is None else torch.cat([text_mask, mask_of(group.rank)], dim=1)  # type: ignore[list-item]
     result = None
     for turn in range(group.size):
-        place = (group.rank - turn) % group.size
-        coming, requests = block, list[dist.Work]()
-        if turn + 1 < group.size:
-            coming, requests = _pass_on(block, lengths[(place - 1) % group.size], group)
+        place, is_last = (group.rank - turn) % group.size, turn + 1 == group.size
+        if not is_last:
+            arrived = pass_on(parts, [lengths[place], lengths[(place - 1) % group.size]], max(lengths), turn, group)
         if turn == 0:
             result = attention_with_lse(backend, query, key, value, softmax_scale, own_mask)
         else:
-            part = attention_with_lse(backend, query, block[0], block[1], softmax_scale, mask_of(place))
+            part = attention_with_lse(backend, query, *parts, softmax_scale, mask_of(place))
             assert result is not None
-            result = merge(result, part)
-        with waiting_for("ranks"):
-            for request in requests:
-                request.wait()
-        block = coming
+            result = merge(result, part, query.dtype if is_last else torch.float32)
+        if not is_last:
+            parts = arrived()
     assert result is not None, "a ring has at least one place"
-    return result[0].to(query.dtype)
-
-
-def _pass_on(block: torch.Tensor, coming_length: int, group: RankGroup) -> tuple[torch.Tensor, list[dist.Work]]:
-    """Send keys and values to the next place while those of the place before come in."""
-    coming = block.new_empty(2, block.shape[1], coming_length, *block.shape[3:])
-    following, before = (group.rank + 1) % group.size, (group.rank - 1) % group.size
-    requests = dist.batch_isend_irecv(
-        [
-            dist.P2POp(dist.isend, block, group=group.process_group, group_peer=following),
-            dist.P2POp(dist.irecv, coming, group=group.process_group, group_peer=before),
-        ]
-    )
-    return coming, requests
+    return result[0]

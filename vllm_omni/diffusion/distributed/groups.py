@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from vllm_omni.diffusion.distributed.layout import ParallelLayout
+from vllm_omni.diffusion.distributed.peer_memory import PeerMemory, peer_memory
 from vllm_omni.errors import InvalidConfigError
 
 
@@ -29,6 +30,7 @@ class RankGroup:
     process_group: Any = field(default=None, repr=False, compare=False)  # None for a group of one
     # What torch's functional collectives call the group: a string, which compilers need not look into a group for.
     name: str = field(default="", repr=False, compare=False)
+    peers: PeerMemory | None = field(default=None, repr=False, compare=False)  # where ranks write to each other
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -130,8 +132,8 @@ def build_groups(layout: ParallelLayout, device_type: str, use_hsdp: bool = Fals
     return ParallelGroups(
         world=_group(world),
         cfg=_group(mesh["cfg"]),
-        ring=_group(mesh["ring"]),
-        ulysses=_group(mesh["ulysses"]),
+        ring=_with_peers(_group(mesh["ring"]), device_type),
+        ulysses=_with_peers(_group(mesh["ulysses"]), device_type),
         sequence=_group(sequence),
         tp=TensorParallelRank(tp.rank, tp.size, tp.process_group, tp.name),
         forward=_group(forward),
@@ -147,3 +149,10 @@ def _group(mesh: DeviceMesh) -> RankGroup:
         return ALONE
     group = mesh.get_group()
     return RankGroup(mesh.get_local_rank(), mesh.size(), group, str(group.group_name))
+
+
+def _with_peers(group: RankGroup, device_type: str) -> RankGroup:
+    """The group with the memory that its ranks share, if they can. All of its ranks call it."""
+    if group.size == 1 or device_type != "cuda":
+        return group
+    return replace(group, peers=peer_memory(torch.device("cuda", torch.cuda.current_device()), group.process_group))

@@ -1,0 +1,113 @@
+"""Memory of a rank that the other ranks of its machine write to, over NVLink or PCIe and without NCCL.
+
+NCCL moves what was packed for it, by kernels that take multiprocessors from those that compute. Where a rank can
+address the memory of another, it writes each tensor to where it belongs there, and leaves copies of whole tensors to
+the copy engines. Memory is that of ``torch.distributed._symmetric_memory``.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vllm_omni.diffusion.distributed.rank_status import waiting_for
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
+
+_SMALLEST = 1 << 20  # bytes
+
+
+class PeerBuffer:
+    """As many bytes on each rank of a group, which all of them may write to."""
+
+    def __init__(self, num_bytes: int, device: torch.device, process_group: Any) -> None:
+        from torch.distributed import _symmetric_memory as symmetric_memory
+
+        self.num_bytes = num_bytes
+        self._memory = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+        self._handle = symmetric_memory.rendezvous(self._memory, process_group)
+
+    def on(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """The begin of the buffer of ``rank`` as a tensor."""
+        tensor: torch.Tensor = self._handle.get_buffer(rank, list(shape), dtype)
+        return tensor
+
+    def barrier(self) -> None:
+        """What every rank has written before, every rank reads after it. Only the device waits."""
+        self._handle.barrier(channel=0)
+
+
+class PeerMemory:
+    """Buffers of a group by what they are for; each grows as it is asked to. All ranks ask alike."""
+
+    def __init__(self, device: torch.device, process_group: Any) -> None:
+        self._device, self._process_group = device, process_group
+        # Those that were outgrown stay: CUDA graphs write to them.
+        self._buffers: dict[str, list[PeerBuffer]] = {}
+        self._side_stream = torch.cuda.Stream(device)
+
+    def buffer(self, name: str, num_bytes: int) -> PeerBuffer:
+        """One of at least ``num_bytes``. While a CUDA graph is captured, it must exist."""
+        buffers = self._buffers.setdefault(name, [])
+        for buffer in buffers:
+            if buffer.num_bytes >= num_bytes:
+                return buffer
+        size = max(_SMALLEST, 1 << (num_bytes - 1).bit_length())
+        with waiting_for("ranks"):
+            buffers.append(PeerBuffer(size, self._device, self._process_group))
+        return buffers[-1]
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What the block starts runs after what was started before it, and beside what is started after it."""
+        self._side_stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._side_stream):
+            yield
+
+    def join(self) -> None:
+        """What is started from now on runs after what ran beside."""
+        torch.cuda.current_stream(self._device).wait_stream(self._side_stream)
+
+
+def peer_memory(device: torch.device, process_group: Any) -> PeerMemory | None:
+    """Memory that the ranks of a group share, or None where they cannot. All ranks of the group call it.
+
+    They can on one machine, between GPUs that address each other.
+    """
+    # Multicast of NVLink switches is not used, and to set it up needs rights that not every machine gives.
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    if device.type != "cuda" or not _agree(_reaches_peers(device, process_group), device, process_group):
+        return None
+    memory = None
+    try:
+        memory = PeerMemory(device, process_group)
+        memory.buffer("probe", _SMALLEST)
+    except (ImportError, AttributeError, RuntimeError) as error:
+        logger.info("ranks exchange by NCCL alone: %s", error)
+    return memory if _agree(memory is not None, device, process_group) else None
+
+
+def _reaches_peers(device: torch.device, process_group: Any) -> bool:
+    """Whether all ranks are on this machine and each sees and can address the others' GPUs."""
+    places: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(places, (socket.gethostname(), device.index), group=process_group)
+    own = places[dist.get_rank(process_group)]
+    others = [place for place in places if place != own]
+    return len(others) == len(places) - 1 and all(
+        host == own[0] and index < torch.cuda.device_count() and torch.cuda.can_device_access_peer(device.index, index)
+        for host, index in others
+    )
+
+
+def _agree(value: bool, device: torch.device, process_group: Any) -> bool:
+    """Whether it is true on all ranks."""
+    agreed = torch.tensor([int(value)], device=device)
+    dist.all_reduce(agreed, dist.ReduceOp.MIN, group=process_group)
+    return bool(agreed.item())
