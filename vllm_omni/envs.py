@@ -15,6 +15,11 @@ def log_level() -> str:
     return os.environ.get("VLLM_OMNI_LOG_LEVEL", "WARNING").upper()
 
 
+def uses_peer_memory() -> bool:
+    """``VLLM_OMNI_PEER_MEMORY``: 0 keeps ranks from writing to each other's memory; they use NCCL alone."""
+    return os.environ.get("VLLM_OMNI_PEER_MEMORY", "1") != "0"
+
+
 def api_key() -> str | None:
     """``VLLM_OMNI_API_KEY``: the key that clients of a server must send; the option wins over it."""
     return os.environ.get("VLLM_OMNI_API_KEY") or None
