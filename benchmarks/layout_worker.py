@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,6 @@ from vllm_omni.diffusion.distributed.groups import build_groups
 from vllm_omni.diffusion.distributed.layout import ParallelLayout
 from vllm_omni.diffusion.engine.configure import configure
 from vllm_omni.diffusion.request import OmniDiffusionRequest
-from vllm_omni.diffusion.worker import model_runner
 from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerResult
 from vllm_omni.diffusion.worker.worker import Worker
 
@@ -34,20 +33,20 @@ _WARM_UP_STEPS = 3  # the first one compiles, and the third one captures
 _held: dict[str, Any] = {}  # the worker of this process and its configuration
 
 
-def begin(folder: str, device_type: str, options: dict[str, Any], layout_name: str, graphs: bool) -> dict[str, Any]:
-    """Load the model in a layout."""
+def begin(folder: str, device_type: str, options: dict[str, Any], layout_name: str, peers: bool) -> dict[str, Any]:
+    """Load the model in a layout, with NCCL alone unless ranks may write to each other's memory (``peers``)."""
     started = time.perf_counter()
+    os.environ["VLLM_OMNI_PEER_MEMORY"] = str(int(peers))
     device = f"cuda:{dist.get_rank()}" if device_type == "cuda" else device_type
     config = configure(folder, {"device": device, "load_format": "dummy", **options, **LAYOUTS[layout_name]})
     layout = ParallelLayout.from_config(config.parallel_config)
     groups = build_groups(layout, device_type, config.parallel_config.use_hsdp)
-    apply = model_runner.apply_cuda_graphs if graphs else lambda pipeline, od_config: None
-    with mock.patch.object(model_runner, "apply_cuda_graphs", apply):
-        _held.update(worker=Worker(config, groups=groups), config=config)
+    _held.update(worker=Worker(config, groups=groups), config=config)
     if device_type == "cuda":
         torch.cuda.empty_cache()
     return {
         "load_s": round(time.perf_counter() - started, 1),
+        "peers": any(group.peers is not None for group in (groups.ulysses, groups.ring)),
         "environment": environment(torch.device(device)),
     }
 

@@ -5,7 +5,7 @@
 Random weights, bfloat16, compiled blocks, CUDA graphs, batch 1. Guidance is on where its branches are shared, and off
 elsewhere. Text encoders are left small: prompts come as embeddings. Both GPUs measure the single one at the same time;
 the slower one counts, as it does in every layout. A layout has processes of its own: one that fails or hangs says where
-and costs no other one, and is tried once more without CUDA graphs. Results are written after each case.
+and costs no other one, and is tried once more with NCCL alone. Results are written after each case.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
     parser.add_argument("--sizes", nargs="+", type=int, default=[1024, 2048], help="guidance runs at the first one")
+    parser.add_argument("--short", action="store_true", help="sequences at the last size, other layouts at the first")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--trials", type=int, default=2)
     parser.add_argument("--eager", action="store_true")
@@ -64,8 +65,10 @@ def cut_down(folder: Path, tiny: bool) -> None:
         path.write_text(json.dumps(config))
 
 
-def cases_of(model: str, layout: str, sizes: list[int]) -> Iterator[tuple[int, bool]]:
+def cases_of(model: str, layout: str, sizes: list[int], short: bool) -> Iterator[tuple[int, bool]]:
     """Sizes, and whether guidance is on."""
+    if short and layout != "one":
+        sizes = sizes[-1:] if layout in ("ulysses2", "ring2") else sizes[:1]
     if layout != "cfg2":
         yield from ((size, False) for size in sizes)
     if model == "qwen-image" and layout in ("one", "cfg2"):
@@ -86,13 +89,14 @@ def compared(results: dict[str, Any]) -> dict[str, float]:
     return ratios
 
 
-def run_layout(pool: RankPool, args: argparse.Namespace, folder: Path, layout: str, graphs: bool) -> Iterator[Any]:
+def run_layout(pool: RankPool, args: argparse.Namespace, folder: Path, layout: str, peers: bool) -> Iterator[Any]:
     """What is measured of a layout, bit by bit: pairs of a name and a value."""
     options = {"enforce_eager": args.eager, **({"dtype": "bfloat16"} if args.device == "cuda" else {})}
-    loaded = pool.run(begin, str(folder), args.device, options, layout, graphs, timeout_s=args.timeout_s)
+    loaded = pool.run(begin, str(folder), args.device, options, layout, peers, timeout_s=args.timeout_s)
     yield "load_s", max(report["load_s"] for report in loaded)
+    yield "peers", loaded[0]["peers"]
     yield "environment", loaded[0]["environment"]
-    for size, guided in cases_of(folder.name, layout, args.sizes):
+    for size, guided in cases_of(folder.name, layout, args.sizes, args.short):
         case = f"{size}{' guided' if guided else ''}"
         of_ranks = pool.run(measure, folder.name, size, guided, args.steps, args.trials, timeout_s=args.timeout_s)
         values = {name: max(report[name] for report in of_ranks) for name in of_ranks[0] if name != "runs"}
@@ -109,7 +113,7 @@ def main() -> None:
     args, started = parse_args(), time.monotonic()
     results: dict[str, Any] = {"models": {}}
     jobs = [(layout, model, True) for layout in args.layouts for model in args.models]
-    jobs = [job for job in jobs if any(cases_of(job[1], job[0], args.sizes))]
+    jobs = [job for job in jobs if any(cases_of(job[1], job[0], args.sizes, args.short))]
     pools: list[RankPool] = []
 
     def say(*words: object) -> None:
@@ -120,14 +124,14 @@ def main() -> None:
             shutil.copytree(CONFIGS / model, Path(temporary) / model)
             cut_down(Path(temporary) / model, args.tiny)
         while jobs and time.monotonic() - started < args.deadline_s:
-            layout, model, graphs = jobs.pop(0)
+            layout, model, peers = jobs.pop(0)
             while len(pools) < 1 + min(len(jobs), 1):  # the next one starts while this one measures
                 pools.append(RankPool(2, args.device, preload=["benchmarks.layout_worker"]))
             pool = pools.pop(0)
             measured = results["models"].setdefault(model, {"seconds": {}})["seconds"]
-            report = measured.setdefault(layout if graphs else f"{layout} without graphs", {})
+            report = measured.setdefault(layout if peers else f"{layout} by NCCL alone", {})
             try:
-                for name, value in run_layout(pool, args, Path(temporary) / model, layout, graphs):
+                for name, value in run_layout(pool, args, Path(temporary) / model, layout, peers):
                     (results if name == "environment" else report)[name] = value
                     results["models"][model]["ratios"] = compared(measured)
                     if name != "environment":
@@ -136,7 +140,7 @@ def main() -> None:
             except AssertionError as failure:
                 say("FAILED", model, layout, failure)
                 report["error"] = str(failure).strip().splitlines()[-1]
-                if graphs and layout != "one" and not args.eager and args.device == "cuda":
+                if peers and layout in ("ulysses2", "ring2") and args.device == "cuda":
                     jobs.append((layout, model, False))
             pool.close()
     for pool in pools:
