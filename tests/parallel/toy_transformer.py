@@ -20,7 +20,7 @@ from vllm_omni.diffusion.distributed.sequence_parallel import (
     SequenceParallelPartialInput,
 )
 
-NUM_TEXT, NUM_IMAGE, HEADS, HEAD_SIZE = 3, 9, 3, 8  # neither tokens nor heads divide by two
+NUM_TEXT, NUM_IMAGE, HEADS, HEAD_SIZE = 3, 9, 5, 8  # neither tokens nor heads divide by two
 WIDTH = HEADS * HEAD_SIZE
 
 

@@ -47,7 +47,13 @@ def attention_with_lse(
             query, key, value, bias, True, 0.0, False, scale=softmax_scale
         )[:2]
     # Some kernels pad the queries, some add a dimension of one.
-    return output.transpose(1, 2), lse.reshape(*query.shape[:2], -1)[..., :num_queries]
+    lse = lse.reshape(*query.shape[:2], -1)[..., :num_queries]
+    if attn_mask is not None:
+        # Kernels differ in what they make of rows without a key. Their sum is zero.
+        is_empty = ~attn_mask.bool().any(dim=1)
+        output = output.masked_fill(is_empty[:, None, None, None], 0)
+        lse = lse.masked_fill(is_empty[:, None, None], float("-inf"))
+    return output.transpose(1, 2), lse
 
 
 def merge(first: PartialAttention, second: PartialAttention, dtype: torch.dtype = torch.float32) -> PartialAttention:
