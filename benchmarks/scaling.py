@@ -10,9 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GEMM_FLOPS = 600e12  # per second, bf16; an H100 within a compiled block
-ATTENTION_FLOPS = 500e12
-NVLINK_BYTES = 300e9  # per second, GPU and direction, of 450e9 on the data sheet
+# Of an H100 in bf16, from profiles of one GPU (benchmarks/results/parallel_2x_h100_nccl.json): what large products and
+# attention reach per second, and what takes as long however many ranks there are (modulations, which read weights for
+# one row, and gaps).
+GEMM_FLOPS = 680e12
+ATTENTION_FLOPS = 680e12
+FIXED_S = 6e-3
+MEMORY_BYTES = 2e12  # per second, read and written, by copies
+NVLINK_BYTES = 220e9  # per second, GPU and direction, that NCCL reached with 25 to 100 MB
 NETWORK_BYTES = 40e9  # per second and GPU between nodes, of 50e9 (400 Gbit/s)
 LATENCY_S = 20e-6  # of one collective
 GPUS_PER_NODE = 8
@@ -28,6 +33,7 @@ class Model:
     num_image: int  # tokens
     num_text: int
     gemm_params: float  # that one image token meets
+    num_sums: int  # over tensor-parallel ranks, of all tokens
 
     @property
     def attention_flops(self) -> float:
@@ -37,9 +43,9 @@ class Model:
         return 2 * self.gemm_params * num_tokens
 
 
-QWEN = {"num_layers": 60, "width": 3072, "gemm_params": 60 * 12 * 3072**2}
-# 19 blocks of two streams, 38 of one; a token meets as many parameters in each.
-FLUX = {"num_layers": 57, "width": 3072, "gemm_params": 57 * 12 * 3072**2}
+QWEN = {"num_layers": 60, "width": 3072, "gemm_params": 60 * 12 * 3072**2, "num_sums": 120}
+# 19 blocks of two streams, 38 of one; a token meets as many parameters in each, and those of one sum once.
+FLUX = {"num_layers": 57, "width": 3072, "gemm_params": 57 * 12 * 3072**2, "num_sums": 76}
 MODELS = [
     Model("Qwen-Image 1024", num_image=4096, num_text=128, **QWEN),  # type: ignore[arg-type]
     Model("Qwen-Image 2048", num_image=16384, num_text=128, **QWEN),  # type: ignore[arg-type]
@@ -58,15 +64,17 @@ def bandwidth(num_ranks: int) -> float:
 
 def one(model: Model) -> float:
     tokens = model.num_image + model.num_text
-    return model.gemm_flops(tokens) / GEMM_FLOPS + model.attention_flops / ATTENTION_FLOPS
+    return FIXED_S + model.gemm_flops(tokens) / GEMM_FLOPS + model.attention_flops / ATTENTION_FLOPS
 
 
 def ulysses(model: Model, ranks: int, link: float | None = None) -> float:
     """Text is on every rank; three tensors go out and one comes back in each layer."""
     local = model.num_image / ranks
     compute = model.gemm_flops(local + model.num_text) / GEMM_FLOPS + model.attention_flops / ranks / ATTENTION_FLOPS
-    sent = 4 * local * model.width * 2 * (ranks - 1) / ranks
-    return compute + model.num_layers * (sent / (link or bandwidth(ranks)) + 2 * LATENCY_S)
+    exchanged = 4 * local * model.width * 2
+    sent, copied = exchanged * (ranks - 1) / ranks, 2 * exchanged + exchanged / 2  # packed; heads are joined again
+    seconds = sent / (link or bandwidth(ranks)) + copied / MEMORY_BYTES + 2 * LATENCY_S
+    return FIXED_S + compute + model.num_layers * seconds
 
 
 def ring(model: Model, ranks: int) -> float:
@@ -76,14 +84,16 @@ def ring(model: Model, ranks: int) -> float:
     attention = model.attention_flops / ATTENTION_FLOPS * (local + model.num_text) / (model.num_image + model.num_text)
     turn = 2 * local * model.width * 2 / bandwidth(ranks) + LATENCY_S
     travel = model.num_layers * (ranks - 1) * turn
-    return compute + max(attention, travel) + model.num_layers * LATENCY_S
+    merged = model.num_layers * (ranks - 1) * 3 * (local + model.num_text) * model.width * 2 / MEMORY_BYTES
+    return FIXED_S + compute + max(attention, travel) + merged + model.num_layers * LATENCY_S
 
 
 def tensor(model: Model, ranks: int, link: float | None = None) -> float:
-    """Two sums over the ranks in each layer, of all tokens."""
-    summed = 2 * (model.num_image + model.num_text) * model.width * 2
+    """Sums over the ranks, of all tokens."""
+    summed = (model.num_image + model.num_text) * model.width * 2
     sent = 2 * (ranks - 1) / ranks * summed
-    return one(model) / ranks + model.num_layers * (sent / (link or bandwidth(ranks)) + 2 * LATENCY_S)
+    compute = FIXED_S + (one(model) - FIXED_S) / ranks
+    return compute + model.num_sums * (sent / (link or bandwidth(ranks)) + LATENCY_S)
 
 
 def sharded_weights(model: Model, ranks: int, link: float) -> float:

@@ -15,6 +15,7 @@ from vllm_omni import Omni, OmniDiffusionSamplingParams
 from vllm_omni.diffusion import cuda_graph
 from vllm_omni.diffusion.cuda_graph import GraphedBlocks, apply_cuda_graphs
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.sequence_parallel import sharded_forward
 from vllm_omni.diffusion.layers import kernels, linear_method
 from vllm_omni.diffusion.model_loader.components import default_dtype, fill_with_random_weights
 from vllm_omni.diffusion.quantization import quantized_linears
@@ -95,9 +96,23 @@ def test_a_capture_that_fails_is_said_and_changes_nothing(toy, monkeypatch):
     assert toy.blocks.describe() == ("CUDA graphs failed: operation not permitted when stream is capturing",)
 
 
-@pytest.mark.parametrize(("enforce_eager", "device"), [(True, "cuda"), (False, "cpu")])
-def test_there_are_no_graphs_without_a_gpu_or_compilation(enforce_eager, device):
-    config = SimpleNamespace(enforce_eager=enforce_eager, torch_device=torch.device(device))
+def test_sequences_that_leave_this_rank_as_many_tokens_have_graphs_of_their_own(toy):
+    """Of nine or ten tokens over two ranks the first has five, and what it sends differs."""
+    for total in (9, 10, 9):
+        with sharded_forward(SimpleNamespace(total=total)):
+            toy.model(*drawn(0))
+    assert len(toy.blocks._by_key) == 2
+
+
+@pytest.mark.parametrize(
+    ("enforce_eager", "device", "use_hsdp"), [(True, "cuda", False), (False, "cpu", False), (False, "cuda", True)]
+)
+def test_there_are_no_graphs_without_a_gpu_or_compilation_or_with_hsdp(enforce_eager, device, use_hsdp):
+    config = SimpleNamespace(
+        enforce_eager=enforce_eager,
+        torch_device=torch.device(device),
+        parallel_config=SimpleNamespace(use_hsdp=use_hsdp),
+    )
     assert apply_cuda_graphs(Toy(), config) is None
 
 
