@@ -206,5 +206,5 @@ def _new_pool(od_config: OmniDiffusionConfig, layout: ParallelLayout, first_devi
     if od_config.parallel_config.distributed_executor_backend == "ray":
         from vllm_omni.diffusion.engine.ray_rank_pool import RayRankPool  # an extra
 
-        return RayRankPool(od_config, layout)
+        return RayRankPool(od_config, layout, first_device)
     return RankPool(od_config, layout, first_device)
