@@ -140,7 +140,7 @@ def main() -> None:
             except AssertionError as failure:
                 say("FAILED", model, layout, failure)
                 report["error"] = str(failure).strip().splitlines()[-1]
-                if peers and layout in ("ulysses2", "ring2") and args.device == "cuda":
+                if peers and layout == "ulysses2" and args.device == "cuda":
                     jobs.append((layout, model, False))
             pool.close()
     for pool in pools:

@@ -51,8 +51,8 @@ def tokens_for_heads(
         wholes = [buffer.on(rank, shape, query.dtype) for rank, shape in enumerate(shapes)]
         whole, targets = wholes[group.rank], [x[start : start + own] for x in wholes]
     for target, parts in zip(targets, by_rank, strict=True):
-        join_heads(target, [x[:, num_text:] for x in parts])
-    join_heads(whole[:num_text], [x[:, :num_text] for x in by_rank[group.rank]])
+        _join_heads(target, [x[:, num_text:] for x in parts])
+    _join_heads(whole[:num_text], [x[:, :num_text] for x in by_rank[group.rank]])
     if group.peers is None:
         received_sizes = [length * _numel(shapes[group.rank][1:]) for length in lengths]
         all_to_all(sent, whole[num_text:], sent_sizes, received_sizes, group)
@@ -87,14 +87,14 @@ def heads_for_tokens(
     whole = output.new_empty(num_tokens, batch, sum(heads), head_size)
     for rank, (shape, image) in enumerate(zip(shapes, images, strict=True)):
         target = (whole if rank == group.rank else buffer.on(rank, shape, output.dtype))[:, :, own]
-        copy_rows(target[:num_text], text)
-        copy_rows(target[num_text:], image)
+        _copy_rows(target[:num_text], text)
+        _copy_rows(target[num_text:], image)
     buffer.barrier()
     came = buffer.on(group.rank, shapes[group.rank], output.dtype)
     for rank in range(group.size):
         if rank != group.rank:
             theirs = slice(starts[rank], starts[rank + 1])
-            copy_rows(whole[:, :, theirs], came[:, :, theirs])
+            _copy_rows(whole[:, :, theirs], came[:, :, theirs])
     return whole.transpose(0, 1)
 
 
@@ -142,13 +142,13 @@ def pass_on(parts: _Pair, lengths: Sequence[int], longest: int, turn: int, group
     return written
 
 
-def join_heads(target: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+def _join_heads(target: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
     """Copy ``[B, S, H_i, D]`` each into ``target [S, B, sum(H_i), D]``."""
     for x, place in zip(parts, target.split([x.shape[2] for x in parts], dim=2), strict=True):
-        copy_rows(place, x.transpose(0, 1))
+        _copy_rows(place, x.transpose(0, 1))
 
 
-def copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:
+def _copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:
     """``target.copy_(source)`` in units of 16 bytes where rows allow it; a copy of strided halves moves 2 at a time."""
     ratio = 16 // target.element_size()
     strides = (*target.stride()[:-1], *source.stride()[:-1], target.shape[-1])

@@ -17,7 +17,6 @@ import torch
 
 from vllm_omni.diffusion.attention.exchange import heads_for_tokens, pass_on, tokens_for_heads
 from vllm_omni.diffusion.attention.log_sum_exp import attention_with_lse, merge
-from vllm_omni.diffusion.attention.pipelined import pipelined_attention
 from vllm_omni.diffusion.attention.selector import select_backend
 from vllm_omni.diffusion.distributed.collectives import all_gather_along
 from vllm_omni.diffusion.distributed.groups import RankGroup
@@ -54,15 +53,6 @@ def split_attention(
     if key.shape[2] != query.shape[2] and (key.shape[2] % size or query.shape[2] % size):
         key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], 2) for x in (key, value))
     kv_heads = shard_lengths(key.shape[2], size)
-    is_whole = ring.size == 1 and key.shape[2] == query.shape[2]  # neither passed on nor shared by query heads
-    if is_whole and ulysses.peers is not None and min(heads) > 1:
-
-        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            backend = select_backend(requested_backend, query, key, causal, mask)
-            forward.used_backends.add(backend.name)
-            return backend.forward(query, key, value, softmax_scale=softmax_scale, causal=causal, attn_mask=mask)
-
-        return pipelined_attention(query, key, value, num_text, by_place[place], heads, ulysses, attend)
     query, key, value = tokens_for_heads(query, key, value, num_text, by_place[place], heads, kv_heads, ulysses)
     backend = select_backend(requested_backend, query, key, causal, mask)
     forward.used_backends.add(backend.name)

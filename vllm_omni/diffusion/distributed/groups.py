@@ -6,7 +6,7 @@ every group is this rank alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from vllm_omni import envs
 from vllm_omni.diffusion.distributed.layout import ParallelLayout
 from vllm_omni.diffusion.distributed.peer_memory import PeerMemory, peer_memory
 from vllm_omni.errors import InvalidConfigError
@@ -132,8 +133,8 @@ def build_groups(layout: ParallelLayout, device_type: str, use_hsdp: bool = Fals
     return ParallelGroups(
         world=_group(world),
         cfg=_group(mesh["cfg"]),
-        ring=_with_peers(_group(mesh["ring"]), device_type),
-        ulysses=_with_peers(_group(mesh["ulysses"]), device_type),
+        ring=_with_peers(_group(mesh["ring"]), device_type, ("all",)),
+        ulysses=_with_peers(_group(mesh["ulysses"]), device_type, ("all", "ulysses")),
         sequence=_group(sequence),
         tp=TensorParallelRank(tp.rank, tp.size, tp.process_group, tp.name),
         forward=_group(forward),
@@ -151,8 +152,8 @@ def _group(mesh: DeviceMesh) -> RankGroup:
     return RankGroup(mesh.get_local_rank(), mesh.size(), group, str(group.group_name))
 
 
-def _with_peers(group: RankGroup, device_type: str) -> RankGroup:
+def _with_peers(group: RankGroup, device_type: str, where: Sequence[str]) -> RankGroup:
     """The group with the memory that its ranks share, if they can. All of its ranks call it."""
-    if group.size == 1 or device_type != "cuda":
+    if group.size == 1 or device_type != "cuda" or envs.peer_memory() not in where:
         return group
     return replace(group, peers=peer_memory(torch.device("cuda", torch.cuda.current_device()), group.process_group))

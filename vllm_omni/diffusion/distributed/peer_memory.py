@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vllm_omni import envs
 from vllm_omni.diffusion.distributed.rank_status import waiting_for
 from vllm_omni.logger import init_logger
 
@@ -84,7 +83,7 @@ def peer_memory(device: torch.device, process_group: Any) -> PeerMemory | None:
     """
     # Multicast of NVLink switches is not used, and to set it up needs rights that not every machine gives.
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-    if not envs.uses_peer_memory() or not _agree(_reaches_peers(device, process_group), device, process_group):
+    if not _agree(_reaches_peers(device, process_group), device, process_group):
         return None
     memory = None
     try:
