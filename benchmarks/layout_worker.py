@@ -36,7 +36,7 @@ _held: dict[str, Any] = {}  # the worker of this process and its configuration
 def begin(folder: str, device_type: str, options: dict[str, Any], layout_name: str, peers: bool) -> dict[str, Any]:
     """Load the model in a layout, with NCCL alone unless ranks may write to each other's memory (``peers``)."""
     started = time.perf_counter()
-    os.environ["VLLM_OMNI_PEER_MEMORY"] = "ulysses" if peers else "0"
+    os.environ["VLLM_OMNI_PEER_MEMORY"] = str(int(peers))
     device = f"cuda:{dist.get_rank()}" if device_type == "cuda" else device_type
     config = configure(folder, {"device": device, "load_format": "dummy", **options, **LAYOUTS[layout_name]})
     layout = ParallelLayout.from_config(config.parallel_config)
@@ -46,7 +46,7 @@ def begin(folder: str, device_type: str, options: dict[str, Any], layout_name: s
         torch.cuda.empty_cache()
     return {
         "load_s": round(time.perf_counter() - started, 1),
-        "peers": any(group.peers is not None for group in (groups.ulysses, groups.ring)),
+        "peers": groups.ulysses.peers is not None,
         "environment": environment(torch.device(device)),
     }
 

@@ -5,7 +5,7 @@
 Random weights, bfloat16, compiled blocks, CUDA graphs, batch 1. Guidance is on where its branches are shared, and off
 elsewhere. Text encoders are left small: prompts come as embeddings. Both GPUs measure the single one at the same time;
 the slower one counts, as it does in every layout. A layout has processes of its own: one that fails or hangs says where
-and costs no other one, and is tried once more with NCCL alone. Results are written after each case.
+and costs no other one. Results are written after each case.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--timeout-s", type=float, default=60, help="of each part of a layout, compilation included")
     parser.add_argument("--deadline-s", type=float, default=float("inf"), help="begin no layout after this time")
+    parser.add_argument("--peer-memory", action="store_true", help="with VLLM_OMNI_PEER_MEMORY=1")
     parser.add_argument("--profile", type=Path, help="folder for a profile of one step of each case; only on GPUs")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -89,10 +90,10 @@ def compared(results: dict[str, Any]) -> dict[str, float]:
     return ratios
 
 
-def run_layout(pool: RankPool, args: argparse.Namespace, folder: Path, layout: str, peers: bool) -> Iterator[Any]:
+def run_layout(pool: RankPool, args: argparse.Namespace, folder: Path, layout: str) -> Iterator[Any]:
     """What is measured of a layout, bit by bit: pairs of a name and a value."""
     options = {"enforce_eager": args.eager, **({"dtype": "bfloat16"} if args.device == "cuda" else {})}
-    loaded = pool.run(begin, str(folder), args.device, options, layout, peers, timeout_s=args.timeout_s)
+    loaded = pool.run(begin, str(folder), args.device, options, layout, args.peer_memory, timeout_s=args.timeout_s)
     yield "load_s", max(report["load_s"] for report in loaded)
     yield "peers", loaded[0]["peers"]
     yield "environment", loaded[0]["environment"]
@@ -112,7 +113,7 @@ def run_layout(pool: RankPool, args: argparse.Namespace, folder: Path, layout: s
 def main() -> None:
     args, started = parse_args(), time.monotonic()
     results: dict[str, Any] = {"models": {}}
-    jobs = [(layout, model, True) for layout in args.layouts for model in args.models]
+    jobs = [(layout, model) for layout in args.layouts for model in args.models]
     jobs = [job for job in jobs if any(cases_of(job[1], job[0], args.sizes, args.short))]
     pools: list[RankPool] = []
 
@@ -124,14 +125,14 @@ def main() -> None:
             shutil.copytree(CONFIGS / model, Path(temporary) / model)
             cut_down(Path(temporary) / model, args.tiny)
         while jobs and time.monotonic() - started < args.deadline_s:
-            layout, model, peers = jobs.pop(0)
+            layout, model = jobs.pop(0)
             while len(pools) < 1 + min(len(jobs), 1):  # the next one starts while this one measures
                 pools.append(RankPool(2, args.device, preload=["benchmarks.layout_worker"]))
             pool = pools.pop(0)
             measured = results["models"].setdefault(model, {"seconds": {}})["seconds"]
-            report = measured.setdefault(layout if peers else f"{layout} by NCCL alone", {})
+            report = measured.setdefault(layout, {})
             try:
-                for name, value in run_layout(pool, args, Path(temporary) / model, layout, peers):
+                for name, value in run_layout(pool, args, Path(temporary) / model, layout):
                     (results if name == "environment" else report)[name] = value
                     results["models"][model]["ratios"] = compared(measured)
                     if name != "environment":
@@ -140,8 +141,6 @@ def main() -> None:
             except AssertionError as failure:
                 say("FAILED", model, layout, failure)
                 report["error"] = str(failure).strip().splitlines()[-1]
-                if peers and layout == "ulysses2" and args.device == "cuda":
-                    jobs.append((layout, model, False))
             pool.close()
     for pool in pools:
         pool.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Of an H100 in bf16, from profiles of one GPU (benchmarks/results/parallel_2x_h100_nccl.json): what large products and
+# Of an H100 in bf16, from profiles of one GPU (benchmarks/results/parallel_2x_h100.json): what large products and
 # attention reach per second, and what takes as long however many ranks there are (modulations, which read weights for
 # one row, and gaps).
 GEMM_FLOPS = 680e12

@@ -15,12 +15,9 @@ def log_level() -> str:
     return os.environ.get("VLLM_OMNI_LOG_LEVEL", "WARNING").upper()
 
 
-def peer_memory() -> str:
-    """``VLLM_OMNI_PEER_MEMORY``: what ranks exchange by writing to each other's memory and not by NCCL.
-
-    ``ulysses`` (default), ``all`` (what a ring passes on as well, which no GPU has verified yet), or ``0``: nothing.
-    """
-    return os.environ.get("VLLM_OMNI_PEER_MEMORY", "ulysses")
+def uses_peer_memory() -> bool:
+    """``VLLM_OMNI_PEER_MEMORY``: 1 lets ranks of Ulysses write to each other's memory; else they use NCCL alone."""
+    return os.environ.get("VLLM_OMNI_PEER_MEMORY") == "1"
 
 
 def api_key() -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 
 import torch
@@ -79,12 +78,6 @@ class FileMemory:
     def buffer(self, name, num_bytes):
         return FileBuffer([f"{self.folder}/{name}-{self.members}-{rank}" for rank in self.members], num_bytes, self)
 
-    def beside(self):
-        return contextlib.nullcontext()
-
-    def join(self):
-        pass
-
 
 class FileBuffer:
     def __init__(self, paths, num_bytes, memory):
@@ -100,15 +93,8 @@ class FileBuffer:
 
 
 def with_peers(groups, folder):
-    """The groups with memory that their ranks write to."""
-    return replace(
-        groups,
-        **{
-            name: replace(group, peers=FileMemory(folder, group))
-            for name, group in (("ring", groups.ring), ("ulysses", groups.ulysses))
-            if group.size > 1
-        },
-    )
+    """The groups with memory that the ranks of Ulysses write to."""
+    return replace(groups, ulysses=replace(groups.ulysses, peers=FileMemory(folder, groups.ulysses)))
 
 
 @torch.inference_mode()

@@ -17,17 +17,10 @@ from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.groups import current_groups
 from vllm_omni.errors import FeatureNotAvailableError, first_line
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
-
-# Sums over ranks are waited for where they are needed: one stream of tokens computes while the other is summed.
-_LATE_WAITS: dict[str, Any] = {
-    "reorder_for_compute_comm_overlap": True,
-    "reorder_for_compute_comm_overlap_passes": ["sink_waits"],
-}
 
 
 class CompiledBlocks:
@@ -75,7 +68,6 @@ def apply_compile(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> Compil
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = od_config.start.compile_cache_dir
         os.environ["TRITON_CACHE_DIR"] = str(Path(od_config.start.compile_cache_dir) / "triton")
     blocks = CompiledBlocks()
-    options = _LATE_WAITS if current_groups().tp.size > 1 else None
     for transformer, names in repeated_blocks(pipeline):
         for block in transformer.modules():
             if type(block).__name__ in names:
@@ -83,7 +75,7 @@ def apply_compile(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> Compil
                 # hooks of the block run as they are.
                 # Weights that FSDP puts in place are arguments of the code: their sizes must not become symbols.
                 dynamic = None if od_config.parallel_config.use_hsdp else True
-                block.forward = _compiled(block.forward, blocks, dynamic, options)
+                block.forward = _compiled(block.forward, blocks, dynamic)
     return blocks
 
 
@@ -95,11 +87,9 @@ def repeated_blocks(pipeline: nn.Module) -> Iterator[tuple[nn.Module, set[str]]]
             yield module, names
 
 
-def _compiled(
-    forward: Callable[..., Any], blocks: CompiledBlocks, dynamic: bool | None, options: dict[str, Any] | None
-) -> Callable[..., Any]:
+def _compiled(forward: Callable[..., Any], blocks: CompiledBlocks, dynamic: bool | None) -> Callable[..., Any]:
     """``forward``, compiled; as it is written where that cannot be, which ``blocks`` then tells."""
-    compiled = torch.compile(forward, fullgraph=True, dynamic=dynamic, options=options)
+    compiled = torch.compile(forward, fullgraph=True, dynamic=dynamic)
 
     def compiled_or_eager(*args: Any, **kwargs: Any) -> Any:
         if blocks.failure is not None:

@@ -1,4 +1,4 @@
-"""What ranks exchange around an attention: tokens for heads (Ulysses), or keys and values from place to place (ring).
+"""What ranks of Ulysses exchange around an attention: tokens for heads, and back.
 
 Ranks that reach each other's memory write to it; others go through NCCL or gloo.
 
@@ -9,16 +9,12 @@ size.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 
 from vllm_omni.diffusion.distributed.collectives import all_to_all
 from vllm_omni.diffusion.distributed.groups import RankGroup
-from vllm_omni.diffusion.distributed.rank_status import waiting_for
-
-_Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def tokens_for_heads(
@@ -51,8 +47,8 @@ def tokens_for_heads(
         wholes = [buffer.on(rank, shape, query.dtype) for rank, shape in enumerate(shapes)]
         whole, targets = wholes[group.rank], [x[start : start + own] for x in wholes]
     for target, parts in zip(targets, by_rank, strict=True):
-        _join_heads(target, [x[:, num_text:] for x in parts])
-    _join_heads(whole[:num_text], [x[:, :num_text] for x in by_rank[group.rank]])
+        _join_heads(target, [x[:, num_text:] for x in parts], wide=group.peers is not None)
+    _join_heads(whole[:num_text], [x[:, :num_text] for x in by_rank[group.rank]], wide=group.peers is not None)
     if group.peers is None:
         received_sizes = [length * _numel(shapes[group.rank][1:]) for length in lengths]
         all_to_all(sent, whole[num_text:], sent_sizes, received_sizes, group)
@@ -98,54 +94,11 @@ def heads_for_tokens(
     return whole.transpose(0, 1)
 
 
-def pass_on(parts: _Pair, lengths: Sequence[int], longest: int, turn: int, group: RankGroup) -> Callable[[], _Pair]:
-    """Send keys and values ``[B, S, H, D]`` to the next place while those of the place before come in.
-
-    ``lengths`` are the tokens that go and that come, ``longest`` the most that a place has. What is returned waits,
-    and gives what came.
-    """
-    following, before = (group.rank + 1) % group.size, (group.rank - 1) % group.size
-    batch, _, num_heads, head_size = parts[0].shape
-    sent = [x.contiguous() for x in parts]
-    if group.peers is None:
-        coming = [x.new_empty(batch, lengths[1], num_heads, head_size) for x in sent]
-        operations = [dist.P2POp(dist.isend, x, group=group.process_group, group_peer=following) for x in sent]
-        operations += [dist.P2POp(dist.irecv, x, group=group.process_group, group_peer=before) for x in coming]
-        requests = dist.batch_isend_irecv(operations)
-
-        def received() -> _Pair:
-            with waiting_for("ranks"):
-                for request in requests:
-                    request.wait()
-            sent.clear()  # until here they must not be freed
-            return coming[0], coming[1]
-
-        return received
-    # Two buffers in turn: one is read while the other is written.
-    num_bytes = 2 * batch * longest * num_heads * head_size * sent[0].element_size()
-    buffer = group.peers.buffer(f"ring {turn % 2}", num_bytes)
-    target = buffer.on(following, (2, batch, lengths[0], num_heads, head_size), sent[0].dtype)
-    own = buffer.on(group.rank, (2, batch, lengths[1], num_heads, head_size), sent[0].dtype)
-    if turn == 0:
-        buffer.barrier()  # the next place has read what came in the layer before
-    with group.peers.beside():
-        for x, place in zip(sent, target, strict=True):
-            place.copy_(x)
-
-    def written() -> _Pair:
-        assert group.peers is not None, "it was there when this function was made"
-        group.peers.join()
-        sent.clear()  # until here they must not be freed
-        buffer.barrier()
-        return own[0], own[1]
-
-    return written
-
-
-def _join_heads(target: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+def _join_heads(target: torch.Tensor, parts: Sequence[torch.Tensor], *, wide: bool) -> None:
     """Copy ``[B, S, H_i, D]`` each into ``target [S, B, sum(H_i), D]``."""
+    copy = _copy_rows if wide else torch.Tensor.copy_
     for x, place in zip(parts, target.split([x.shape[2] for x in parts], dim=2), strict=True):
-        _copy_rows(place, x.transpose(0, 1))
+        copy(place, x.transpose(0, 1))
 
 
 def _copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 
 from vllm_omni.diffusion.attention.backends.flash_attn import flash_attention_with_lse
-from vllm_omni.diffusion.layers import kernels
 
-# Output [B, S, H, D] and the logarithm of the sum of exponentials of its scores [B, H, S] in float32.
+# Output [B, S, H, D] in float32 and the logarithm of the sum of exponentials of its scores [B, H, S] in float32.
 PartialAttention = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -25,7 +24,7 @@ def attention_with_lse(
     """``query [B, S, H, D], key and value [B, K, H, D], mask [B, K]``, on the kernel of ``backend``."""
     if backend == "FLASH_ATTN":
         output, lse = flash_attention_with_lse(query, key, value, softmax_scale)
-        return output, lse
+        return output.float(), lse
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     num_queries, num_keys = query.shape[2], key.shape[2]
     bias = None
@@ -53,16 +52,10 @@ def attention_with_lse(
         is_empty = ~attn_mask.bool().any(dim=1)
         output = output.masked_fill(is_empty[:, None, None, None], 0)
         lse = lse.masked_fill(is_empty[:, None, None], float("-inf"))
-    return output.transpose(1, 2), lse
+    return output.transpose(1, 2).float(), lse
 
 
-def merge(first: PartialAttention, second: PartialAttention, dtype: torch.dtype = torch.float32) -> PartialAttention:
-    """Attention over the keys of both (arXiv:2205.14135, section 3.1), the output in ``dtype``."""
-    lse = torch.logaddexp(first[1], second[1])
-    if kernels.take(first[0]):
-        from vllm_omni.diffusion.layers.kernels.merge import merge_attention
-
-        outputs, sums = ([part[i].contiguous() for part in (first, second)] for i in (0, 1))
-        return merge_attention(outputs[0], outputs[1], sums[0], sums[1], dtype), lse
+def merge(first: PartialAttention, second: PartialAttention) -> PartialAttention:
+    """Attention over the keys of both (arXiv:2205.14135, section 3.1)."""
     share = torch.sigmoid(second[1] - first[1]).transpose(1, 2).unsqueeze(-1)
-    return torch.lerp(first[0].float(), second[0].float(), share).to(dtype), lse
+    return torch.lerp(first[0], second[0], share), torch.logaddexp(first[1], second[1])

@@ -14,12 +14,14 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 
-from vllm_omni.diffusion.attention.exchange import heads_for_tokens, pass_on, tokens_for_heads
+from vllm_omni.diffusion.attention.exchange import heads_for_tokens, tokens_for_heads
 from vllm_omni.diffusion.attention.log_sum_exp import attention_with_lse, merge
 from vllm_omni.diffusion.attention.selector import select_backend
 from vllm_omni.diffusion.distributed.collectives import all_gather_along
 from vllm_omni.diffusion.distributed.groups import RankGroup
+from vllm_omni.diffusion.distributed.rank_status import waiting_for
 from vllm_omni.diffusion.distributed.sequence_parallel import ShardedForward, shard_lengths
 
 
@@ -99,20 +101,36 @@ def _ring_attention(
     def mask_of(place: int) -> torch.Tensor | None:
         return None if image_mask is None else image_mask[:, starts[place] : starts[place + 1]]
 
-    parts = (key[:, num_text:], value[:, num_text:])
+    block = torch.stack([key[:, num_text:], value[:, num_text:]])
     own_mask = None if text_mask is None else torch.cat([text_mask, mask_of(group.rank)], dim=1)  # type: ignore[list-item]
     result = None
     for turn in range(group.size):
-        place, is_last = (group.rank - turn) % group.size, turn + 1 == group.size
-        if not is_last:
-            arrived = pass_on(parts, [lengths[place], lengths[(place - 1) % group.size]], max(lengths), turn, group)
+        place = (group.rank - turn) % group.size
+        coming, requests = block, list[dist.Work]()
+        if turn + 1 < group.size:
+            coming, requests = _pass_on(block, lengths[(place - 1) % group.size], group)
         if turn == 0:
             result = attention_with_lse(backend, query, key, value, softmax_scale, own_mask)
         else:
-            part = attention_with_lse(backend, query, *parts, softmax_scale, mask_of(place))
+            part = attention_with_lse(backend, query, block[0], block[1], softmax_scale, mask_of(place))
             assert result is not None
-            result = merge(result, part, query.dtype if is_last else torch.float32)
-        if not is_last:
-            parts = arrived()
+            result = merge(result, part)
+        with waiting_for("ranks"):
+            for request in requests:
+                request.wait()
+        block = coming
     assert result is not None, "a ring has at least one place"
-    return result[0]
+    return result[0].to(query.dtype)
+
+
+def _pass_on(block: torch.Tensor, coming_length: int, group: RankGroup) -> tuple[torch.Tensor, list[dist.Work]]:
+    """Send keys and values to the next place while those of the place before come in."""
+    coming = block.new_empty(2, block.shape[1], coming_length, *block.shape[3:])
+    following, before = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+    requests = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, block, group=group.process_group, group_peer=following),
+            dist.P2POp(dist.irecv, coming, group=group.process_group, group_peer=before),
+        ]
+    )
+    return coming, requests

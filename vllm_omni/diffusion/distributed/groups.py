@@ -6,7 +6,7 @@ every group is this rank alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -133,8 +133,8 @@ def build_groups(layout: ParallelLayout, device_type: str, use_hsdp: bool = Fals
     return ParallelGroups(
         world=_group(world),
         cfg=_group(mesh["cfg"]),
-        ring=_with_peers(_group(mesh["ring"]), device_type, ("all",)),
-        ulysses=_with_peers(_group(mesh["ulysses"]), device_type, ("all", "ulysses")),
+        ring=_group(mesh["ring"]),
+        ulysses=_with_peers(_group(mesh["ulysses"]), device_type),
         sequence=_group(sequence),
         tp=TensorParallelRank(tp.rank, tp.size, tp.process_group, tp.name),
         forward=_group(forward),
@@ -152,8 +152,8 @@ def _group(mesh: DeviceMesh) -> RankGroup:
     return RankGroup(mesh.get_local_rank(), mesh.size(), group, str(group.group_name))
 
 
-def _with_peers(group: RankGroup, device_type: str, where: Sequence[str]) -> RankGroup:
-    """The group with the memory that its ranks share, if they can. All of its ranks call it."""
-    if group.size == 1 or device_type != "cuda" or envs.peer_memory() not in where:
+def _with_peers(group: RankGroup, device_type: str) -> RankGroup:
+    """The group with the memory that its ranks share, if they may and can. All of its ranks call it."""
+    if group.size == 1 or device_type != "cuda" or not envs.uses_peer_memory():
         return group
     return replace(group, peers=peer_memory(torch.device("cuda", torch.cuda.current_device()), group.process_group))

@@ -1,16 +1,14 @@
 """Memory of a rank that the other ranks of its machine write to, over NVLink or PCIe and without NCCL.
 
-NCCL moves what was packed for it, by kernels that take multiprocessors from those that compute. Where a rank can
-address the memory of another, it writes each tensor to where it belongs there, and leaves copies of whole tensors to
-the copy engines. Memory is that of ``torch.distributed._symmetric_memory``.
+NCCL moves what was packed for it. Where a rank can address the memory of another, it writes each tensor to where it
+belongs there. Memory is that of ``torch.distributed._symmetric_memory``.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,7 +49,6 @@ class PeerMemory:
         self._device, self._process_group = device, process_group
         # Those that were outgrown stay: CUDA graphs write to them.
         self._buffers: dict[str, list[PeerBuffer]] = {}
-        self._side_stream = torch.cuda.Stream(device)
 
     def buffer(self, name: str, num_bytes: int) -> PeerBuffer:
         """One of at least ``num_bytes``. While a CUDA graph is captured, it must exist."""
@@ -63,17 +60,6 @@ class PeerMemory:
         with waiting_for("ranks"):
             buffers.append(PeerBuffer(size, self._device, self._process_group))
         return buffers[-1]
-
-    @contextmanager
-    def beside(self) -> Iterator[None]:
-        """What the block starts runs after what was started before it, and beside what is started after it."""
-        self._side_stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._side_stream):
-            yield
-
-    def join(self) -> None:
-        """What is started from now on runs after what ran beside."""
-        torch.cuda.current_stream(self._device).wait_stream(self._side_stream)
 
 
 def peer_memory(device: torch.device, process_group: Any) -> PeerMemory | None:
