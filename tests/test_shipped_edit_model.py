@@ -75,3 +75,10 @@ def test_the_command_edits_a_picture_without_a_model_named(source, tmp_path: Pat
     main(["generate", *arguments, "--output", str(output)])
     verdict = judge_edit(Image.open(output), SOURCE, DEMO_INSTRUCTION)
     assert verdict.right, verdict.reasons
+
+
+def test_a_picture_of_another_aspect_is_brought_to_sides_that_the_latents_divide(omni):
+    request = omni.resolve(
+        {"prompt": "make the circle green", "multi_modal_data": {"image": Image.new("RGB", (480, 400))}}
+    )
+    assert (request.sampling_params.width, request.sampling_params.height) == (1152, 960)

@@ -95,7 +95,9 @@ def _small_pictures():
         patch.setattr(pipeline_qwen_image_edit, "_PICTURE_AREA", 64 * 64)
         patch.setattr(pipeline_qwen_image_edit_plus, "_ENCODER_AREA", 64 * 64)
         patch.setattr(pipeline_qwen_image_edit_plus, "_LATENTS_AREA", 64 * 64)
-        patch.setattr(pictures, "fit_to_area", lambda image, area: fit_to_area(image, min(area, 80 * 80)))
+        patch.setattr(
+            pictures, "fit_to_area", lambda image, area, *multiple: fit_to_area(image, min(area, 80 * 80), *multiple)
+        )
         yield
 
 

@@ -64,8 +64,13 @@ def _check_edit_request(od_config: OmniDiffusionConfig, request: OmniDiffusionRe
     check_given_latents(request, (rows * columns, od_config.tf_model_config["in_channels"]))
 
 
-def fit_to_area(picture: Image.Image, area: int) -> Image.Image:
-    """A picture resized to about ``area`` pixels in its own aspect ratio, with sides that are multiples of 32.
+def side_multiple(od_config: OmniDiffusionConfig) -> int:
+    """What divides the sides [px] of a picture that becomes latents: 32, or more for a deeper autoencoder."""
+    return math.lcm(_SIDE_MULTIPLE, common.vae_scale_factor(od_config) * common.PATCH_SIZE)
+
+
+def fit_to_area(picture: Image.Image, area: int, multiple: int = _SIDE_MULTIPLE) -> Image.Image:
+    """A picture resized to about ``area`` pixels in its own aspect ratio, with sides that ``multiple`` divides.
 
     Raises ``InvalidRequestError`` with ``param="image"`` for a picture that is too narrow for that.
     """
@@ -77,7 +82,7 @@ def fit_to_area(picture: Image.Image, area: int) -> Image.Image:
             param="image",
         )
     width = math.sqrt(area * ratio)
-    size = tuple(round(side / _SIDE_MULTIPLE) * _SIDE_MULTIPLE for side in (width, width / ratio))
+    size = tuple(max(1, round(side / multiple)) * multiple for side in (width, width / ratio))
     log_resize(picture, *size)
     return picture.resize(size, resample=Image.Resampling.LANCZOS)
 

@@ -9,6 +9,7 @@ of a packed token.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -39,7 +40,7 @@ def get_qwen_image_edit_pre_process_func(
     od_config: OmniDiffusionConfig,
 ) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
     """A function that brings the picture of a request to the size that the model works at."""
-    return _pre_process
+    return functools.partial(_pre_process, pictures.side_multiple(od_config))
 
 
 def get_qwen_image_edit_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
@@ -118,9 +119,9 @@ class QwenImageEditPipeline(nn.Module):
         return AutoWeightsLoader(self).load_weights(weights)
 
 
-def _pre_process(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+def _pre_process(multiple: int, request: OmniDiffusionRequest) -> OmniDiffusionRequest:
     (picture,) = prompt_images(request.prompt)
-    resized = pictures.fit_to_area(picture, _PICTURE_AREA)
+    resized = pictures.fit_to_area(picture, _PICTURE_AREA, multiple)
     pictures.default_to_size_of(request, resized)
     request.extra["encoder_pictures"] = request.extra["latents_pictures"] = [resized]
     del request.prompt["multi_modal_data"]  # what is kept of it is smaller

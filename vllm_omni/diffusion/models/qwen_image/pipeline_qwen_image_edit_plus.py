@@ -7,6 +7,7 @@ Shapes: N outputs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ def get_qwen_image_edit_plus_pre_process_func(
     od_config: OmniDiffusionConfig,
 ) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
     """A function that brings the pictures of a request to the sizes that the model works at."""
-    return _pre_process
+    return functools.partial(_pre_process, pictures.side_multiple(od_config))
 
 
 def get_qwen_image_edit_plus_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
@@ -43,10 +44,10 @@ class QwenImageEditPlusPipeline(QwenImageEditPipeline):
         return "".join(f"Picture {number}: {pictures.PLACEHOLDER}" for number in range(1, num_pictures + 1))
 
 
-def _pre_process(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+def _pre_process(multiple: int, request: OmniDiffusionRequest) -> OmniDiffusionRequest:
     given = prompt_images(request.prompt, max_images=_MAX_PICTURES)
     request.extra["encoder_pictures"] = [pictures.fit_to_area(picture, _ENCODER_AREA) for picture in given]
-    request.extra["latents_pictures"] = [pictures.fit_to_area(picture, _LATENTS_AREA) for picture in given]
+    request.extra["latents_pictures"] = [pictures.fit_to_area(picture, _LATENTS_AREA, multiple) for picture in given]
     pictures.default_to_size_of(request, request.extra["latents_pictures"][-1])
     del request.prompt["multi_modal_data"]  # what is kept of it is smaller
     return request
