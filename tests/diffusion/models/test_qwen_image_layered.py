@@ -29,7 +29,7 @@ fit_to_area = pictures.fit_to_area
 def _small_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(diffusers_layered, "calculate_dimensions", lambda area, r: calculate_dimensions(area // 64, r))
-        patch.setattr(pictures, "fit_to_area", lambda image, area: fit_to_area(image, area // 64))
+        patch.setattr(pictures, "fit_to_area", lambda image, area, *multiple: fit_to_area(image, area // 64, *multiple))
         yield
 
 

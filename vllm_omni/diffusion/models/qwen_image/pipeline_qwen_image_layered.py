@@ -49,7 +49,7 @@ def get_qwen_image_layered_pre_process_func(
     od_config: OmniDiffusionConfig,
 ) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
     """A function that brings the picture of a request to the size that the model works at."""
-    return _pre_process
+    return functools.partial(_pre_process, pictures.side_multiple(od_config))
 
 
 def get_qwen_image_layered_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
@@ -173,11 +173,11 @@ class QwenImageLayeredPipeline(nn.Module):
         )
 
 
-def _pre_process(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+def _pre_process(multiple: int, request: OmniDiffusionRequest) -> OmniDiffusionRequest:
     params = request.sampling_params
     _check_extra_args(params.extra_args)
     (picture,) = prompt_images(request.prompt, mode="RGBA")
-    resized = pictures.fit_to_area(picture, params.extra_args["resolution"] ** 2)
+    resized = pictures.fit_to_area(picture, params.extra_args["resolution"] ** 2, multiple)
     params.width, params.height = resized.size
     request.extra["picture"] = resized
     del request.prompt["multi_modal_data"]  # what is kept of it is smaller
