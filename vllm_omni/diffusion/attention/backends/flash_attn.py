@@ -58,10 +58,12 @@ def _run(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax_scale: float, causal: bool
 ) -> torch.Tensor:
     kernel = _kernel(torch.cuda.get_device_capability(query.device)[0])
-    output = kernel(query, key, value, softmax_scale=softmax_scale, causal=causal)
-    # Some releases return (output, softmax log-sum-exp), others the output alone.
-    first: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return first
+    return _first(kernel(query, key, value, softmax_scale=softmax_scale, causal=causal))
+
+
+def _first(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Some releases return (output, softmax log-sum-exp), others the output alone."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def flash_attention_with_lse(
@@ -101,8 +103,7 @@ def _run_fp8(
         k_descale=key_scale,
         v_descale=value_scale,
     )
-    first: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return first
+    return _first(output)
 
 
 _fp8_flash_attention = torch.library.custom_op("vllm_omni::fp8_flash_attention", _run_fp8, mutates_args=())
