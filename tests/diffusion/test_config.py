@@ -170,10 +170,28 @@ def test_a_header_that_is_not_one_of_safetensors_is_refused(broken, header):
         ({"_class_name": "DDIMScheduler"}, "'DDIMScheduler'; QwenImagePipeline runs with FlowMatchEulerDiscrete"),
         ({"use_karras_sigmas": True}, "use_karras_sigmas, which is not supported"),
         ({"use_dynamic_shifting": True, "time_shift_type": "cubic"}, "time_shift_type='cubic' is not supported"),
+        ({"shift": "3"}, "shift='3' must be a positive number"),
+        ({"base_shift": None}, "base_shift=None must be a positive number"),
     ],
 )
 def test_a_scheduler_that_would_not_run_as_it_says_is_refused(broken, changes, message):
     file = broken / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(InvalidModelFolderError, match=message):
+        Omni(broken)
+
+
+@pytest.mark.parametrize(
+    ("component", "changes", "message"),
+    [
+        ("transformer", {"num_layers": "two"}, "num_layers='two' must be int"),
+        ("transformer", {"axes_dims_rope": [8, "a", 12]}, r"axes_dims_rope=\[8, 'a', 12\] must be Sequence\[int\]"),
+        ("transformer", {"guidance_embeds": "no"}, "guidance_embeds='no' must be bool"),
+        ("vae", {"base_dim": "x"}, "vae/config.json makes no AutoencoderKLQwenImage"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(broken, component, changes, message):
+    file = broken / component / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     with pytest.raises(InvalidModelFolderError, match=message):
         Omni(broken)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -122,3 +123,16 @@ def test_a_prompt_that_is_not_sound_is_refused_by_key(prompt, param):
 def test_an_unknown_prompt_key_is_refused_with_the_nearest_name():
     with pytest.raises(InvalidRequestError, match=r"did you mean 'negative_prompt'\?"):
         normalize_prompt({"prompt": "x", "negativ_prompt": "y"})
+
+
+def test_numbers_of_numpy_become_numbers_of_python():
+    params = OmniDiffusionSamplingParams(seed=np.int64(3), guidance_scale=np.float32(1.5))
+    params.height = np.int32(64)
+    params.validate()
+    assert [(type(value), value) for value in (params.seed, params.guidance_scale, params.height)] == [
+        (int, 3),
+        (float, 1.5),
+        (int, 64),
+    ]
+    with pytest.raises(InvalidRequestError, match=r"seed=1.5 must be an integer"):
+        OmniDiffusionSamplingParams(seed=np.float64(1.5))

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any, Literal, TypedDict, Union
 
 import torch
@@ -103,7 +104,8 @@ class OmniDiffusionSamplingParams:
         """A misspelt assignment is as much an error as a misspelt argument."""
         if name not in self.__dataclass_fields__:
             raise _unknown_parameter(name)
-        super().__setattr__(name, value)
+        is_numpy_scalar = isinstance(value, Number) and hasattr(value, "item")
+        super().__setattr__(name, value.item() if is_numpy_scalar else value)
 
     def validate(self) -> None:
         """Check every value that is present. Raises ``InvalidRequestError`` that names the field."""

@@ -39,8 +39,13 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def load_autoencoder(model_class: Any, od_config: OmniDiffusionConfig, subfolder: str = "vae") -> Any:
     """An autoencoder of diffusers on the engine's device, in its dtype, with slicing and tiling as configured."""
+    config = dict(od_config.component_config(subfolder))
     with torch.device(od_config.torch_device), default_dtype(od_config.torch_dtype):
-        vae = model_class.from_config(dict(od_config.component_config(subfolder)))
+        try:
+            vae = model_class.from_config(config)
+        except (TypeError, ValueError, LookupError) as error:
+            name = model_class.__name__
+            raise InvalidModelFolderError(f"{subfolder}/config.json makes no {name}: {error}") from error
     vae.requires_grad_(False).eval()
     if od_config.load_format == "dummy":
         fill_with_random_weights(vae)

@@ -29,6 +29,7 @@ _UNSUPPORTED_FLAGS = (
     "invert_sigmas",
     "stochastic_sampling",
 )
+_NUMBERS = ("shift", "flow_shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 
 
 def euler_config(od_config: OmniDiffusionConfig) -> Mapping[str, Any]:
@@ -41,8 +42,17 @@ def euler_config(od_config: OmniDiffusionConfig) -> Mapping[str, Any]:
         raise InvalidModelFolderError(
             f"scheduler_config.json names {config['_class_name']!r}; {od_config.model_class_name} runs with {EULER}"
         )
+    check_numbers(config)
     shifted_sigmas([1.0], 1.0, config)
     return config
+
+
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """Raises ``InvalidModelFolderError`` for a shift, or what makes one, that is no positive number."""
+    for name in _NUMBERS:
+        value = config.get(name, 1.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise InvalidModelFolderError(f"scheduler_config.json: {name}={value!r} must be a positive number")
 
 
 def resolution_shift(num_tokens: int, config: Mapping[str, Any]) -> float:

@@ -15,6 +15,7 @@ from vllm_omni.diffusion.schedulers.flow_match import (
     EULER,
     NUM_TRAIN_TIMESTEPS,
     FlowMatchEuler,
+    check_numbers,
     request_sigmas,
     shifted_sigmas,
 )
@@ -42,6 +43,7 @@ def check_scheduler_config(config: Mapping[str, Any]) -> None:
         raise InvalidModelFolderError(
             "scheduler_config.json sets use_dynamic_shifting, which this model has no rule for"
         )
+    check_numbers(config)
     if class_name == _UNIPC:
         check_unipc_config(config)
     else:
