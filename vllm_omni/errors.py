@@ -129,8 +129,12 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+# What is compared of a name: the comparison takes long for a long one, and no name of ours comes near.
+_LONGEST_NAME = 100
+
+
 def nearest_name(name: str, allowed: Iterable[str]) -> str:
     """A sentence that helps someone who mistyped ``name``: the nearest allowed name, or all of them."""
     allowed = sorted(allowed)
-    close = difflib.get_close_matches(name, allowed, n=1)
+    close = difflib.get_close_matches(name[:_LONGEST_NAME], allowed, n=1)
     return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"

@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.images import MAX_PIXELS, load_images, prompt_images
@@ -159,6 +159,18 @@ def test_a_picture_that_unpacks_to_gigabytes_is_refused_before_that(side):
     for value in (huge, encoded(huge)):
         assert f"{MAX_PIXELS:,}" in refusal(value)
         assert "scale it down" in refusal(value)
+
+
+def test_a_file_of_a_rare_format_is_no_picture_and_no_program_is_run_for_it(monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("a program was run"))
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(InvalidRequestError, match="no picture"):
+        load_images(postscript, param="image")
+    for rare in ("PCX", "JPEG2000", "ICNS"):
+        file = io.BytesIO()
+        Image.new("RGB", (64, 64)).save(file, rare)
+        with pytest.raises(InvalidRequestError, match="no picture"):
+            load_images(file.getvalue(), param="image")
 
 
 def test_an_animation_is_refused():

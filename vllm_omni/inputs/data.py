@@ -24,6 +24,8 @@ MAX_PIXELS = 4096 * 4096  # of one picture or frame
 MAX_VIDEO_PIXELS = 1 << 31  # of all frames
 MAX_STEPS = 10_000
 MAX_OUTPUTS = 256
+# Characters of a text: a tokenizer takes a second for a million of them, only to find that they are too many.
+MAX_PROMPT_LENGTH = 32_000
 
 
 class OmniPrompt(TypedDict, total=False):
@@ -165,7 +167,7 @@ def normalize_prompt(prompt: Any) -> OmniPrompt:
     present: dict[str, Any] = {key: value for key, value in prompt.items() if value is not None}
     for key in ("prompt", "negative_prompt"):
         _check_type(key, present.get(key), str)
-        _check_unicode(key, present.get(key))
+        _check_text(key, present.get(key))
     for key in ("prompt_embeds", "negative_prompt_embeds"):
         _check_embeds(key, present.get(key))
     for key in ("pooled_prompt_embeds", "negative_pooled_prompt_embeds"):
@@ -218,9 +220,15 @@ def _check_type(name: str, value: Any, kind: type) -> None:
         raise InvalidRequestError(f"{name} must be a {kind.__name__}, not {type(value).__name__}", param=name)
 
 
-def _check_unicode(name: str, text: str | None) -> None:
-    """Half of a surrogate pair, which JSON can carry, is no character: no tokenizer takes it."""
-    if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
+def _check_text(name: str, text: str | None) -> None:
+    if text is None:
+        return
+    if len(text) > MAX_PROMPT_LENGTH:
+        raise InvalidRequestError(
+            f"{name} has {len(text)} characters; at most {MAX_PROMPT_LENGTH} are taken, so shorten it", param=name
+        )
+    # Half of a surrogate pair, which JSON can carry, is no character: no tokenizer takes it.
+    if any("\ud800" <= character <= "\udfff" for character in text):
         raise InvalidRequestError(f"{name} holds half of a surrogate pair; give valid Unicode", param=name)
 
 

@@ -23,6 +23,8 @@ logger = init_logger(__name__)
 
 # Larger pictures are refused before they are decoded: a few kilobytes can unpack to gigabytes.
 MAX_PIXELS = 64 * 1024 * 1024
+# Pillow knows many more, of which one runs a program (EPS), and few of whose decoders have many eyes on them.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 # How Pillow names samples of 16 bits; without the letter of their byte order, three channels share the 16 bits.
 _SIXTEEN_BITS = re.compile(";16[BLN]")
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
@@ -105,7 +107,7 @@ def _decode(encoded: bytes, param: str) -> Image.Image:
         with warnings.catch_warnings():
             # Between what Pillow warns of and what it refuses; both are more than _check_size lets through.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture: Image.Image = Image.open(io.BytesIO(encoded))
+            picture: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
         picture = _checked(picture, param)
         # As a viewer shows it: cameras store how they were held beside the pixels.
         return ImageOps.exif_transpose(picture)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
 
 import numpy as np
 import openai
@@ -135,9 +136,34 @@ def test_bad_input_is_a_400_that_names_the_field(client, fields, param, message)
     assert error["code"]
 
 
-def test_text_that_is_no_unicode_is_a_400(server):
-    status, _, answer = server.call("POST", "/v1/images/generations", b'{"prompt": "\\ud800"}')
-    assert (status, answer["error"]["param"]) == (400, "prompt")
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b'{"prompt": "\\ud800"}', "prompt"),
+        (b'{"prompt": "a cat", "\\ud800": 1}', "\\ud800"),
+        (b'{"prompt": "a cat", "extra_body": {"\\ud800": 1}}', "\\ud800"),
+        (b'{"prompt": "a cat", "extra_args": {"\\ud800": 1}}', "extra_args.\\ud800"),
+    ],
+)
+def test_text_that_is_no_unicode_is_a_400(server, body, param):
+    status, _, answer = server.call("POST", "/v1/images/generations", body)
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt", "size", "model", "quality", "x" * 3_000_000])
+def test_a_value_or_a_name_as_long_as_a_body_costs_no_time_and_is_not_sent_back(server, field):
+    started = time.monotonic()
+    status, _, answer = server.call("POST", "/v1/images/generations", {"prompt": "a cat", field: "red " * 1_000_000})
+    assert time.monotonic() - started < 2
+    assert status in (400, 404)
+    assert answer["error"]["param"][:100] == field[:100]
+    assert len(str(answer)) < 3000
+
+
+def test_an_extra_body_within_another_is_not_ignored(server):
+    body = {"prompt": "a cat", "extra_body": {"extra_body": {"nonsense": 1}}}
+    status, _, answer = server.call("POST", "/v1/images/generations", body)
+    assert (status, answer["error"]["param"]) == (400, "extra_body")
 
 
 def test_a_prompt_that_only_the_tokenizer_finds_too_long_is_a_400_too(client):

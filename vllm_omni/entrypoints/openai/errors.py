@@ -26,6 +26,7 @@ from vllm_omni.logger import init_logger
 logger = init_logger(__name__)
 
 _MAX_SHOWN = 100
+_MAX_MESSAGE = 2000
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -41,10 +42,10 @@ class ApiError(Exception):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(_shown(message, _MAX_MESSAGE))
         self.status = status
         self.code = code
-        self.param = param
+        self.param = None if param is None else _shown(param, _MAX_SHOWN)
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
@@ -121,10 +122,15 @@ def validation_error(errors: list[Any]) -> ApiError:
     param = ".".join(path)
     if first["type"] == "missing":
         return ApiError(400, f"{param} is missing", code="missing_required_parameter", param=param)
-    shown = repr(first.get("input"))
-    shown = shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + "..."
+    shown = _shown(repr(first.get("input")), _MAX_SHOWN)
     text = first["msg"][0].lower() + first["msg"][1:]
     return ApiError(400, f"{param}={shown}: {text}", code="invalid_value", param=param)
+
+
+def _shown(text: str, most: int) -> str:
+    """What came from outside may be as long as a body, and hold halves of surrogate pairs, which UTF-8 cannot."""
+    cut = text if len(text) <= most else text[:most] + "..."
+    return cut.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:
@@ -137,9 +143,9 @@ def _http_error(error: HTTPException) -> ApiError:
         405: "this path does not take this method; GET /openapi.json lists what there is",
         400: "the body cannot be read; send JSON in UTF-8 with the header Content-Type: application/json",
     }
-    codes = {404: "unknown_path", 405: "method_not_allowed", 400: "invalid_body"}
+    codes = {404: "unknown_path", 405: "method_not_allowed", 400: "invalid_body", 413: "body_too_large"}
     code = codes.get(error.status_code, f"http_{error.status_code}")
-    param = "body" if error.status_code == 400 else None
+    param = "body" if error.status_code in (400, 408, 413) else None
     return ApiError(
         error.status_code,
         texts.get(error.status_code, str(error.detail)),

@@ -102,11 +102,13 @@ class Gate:
                 with anyio.fail_after(self._config.body_timeout_s):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, "the rest of the body did not come in time") from None
+                text = "the rest of the body did not come in time"
+                raise HTTPException(408, text, {"Connection": "close"}) from None
             received += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if received > self._max_body:
-                raise HTTPException(413, str(self._too_large()))
+                too_large = self._too_large()
+                raise HTTPException(413, str(too_large), too_large.headers)
             return message
 
         return bounded

@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from starlette.datastructures import FormData, UploadFile
 
 from vllm_omni.entrypoints.openai.errors import ApiError
+from vllm_omni.entrypoints.openai.forms import from_form, read_form
 from vllm_omni.entrypoints.openai.pictures import answer
-from vllm_omni.entrypoints.openai.protocol import PictureFields, from_form
+from vllm_omni.entrypoints.openai.protocol import PictureFields
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
-_MAX_FILES = 16
-_MAX_FIELDS = 100
 _PICTURES = {"type": "string", "format": "binary", "description": "the picture to work on; repeat it for several"}
 
 
@@ -35,28 +33,14 @@ def _edit_schema() -> dict[str, Any]:
 @router.post("/edits", openapi_extra=_edit_schema())
 async def edit_images(request: Request) -> Response:
     """Pictures from one or several pictures and a text, as a form."""
-    async with request.form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS) as form:
-        images, mask, fields = await _split(form)
+    files, fields = await read_form(request, ("image", "mask"))
+    for name, _ in fields:
+        if name.removesuffix("[]") in files:
+            raise ApiError(400, f"{name} must be a file", code="invalid_value", param=name.removesuffix("[]"))
     body = from_form(PictureFields, fields)
+    images, masks = files["image"], files["mask"]
     if not images:
         raise ApiError(400, "image is missing; send it as a file", code="missing_required_parameter", param="image")
-    return await answer(request, body, "image_edit", images, mask)
-
-
-async def _split(form: FormData) -> tuple[list[bytes], bytes | None, list[tuple[str, str]]]:
-    """Pictures, mask and texts of a form."""
-    images: list[bytes] = []
-    masks: list[bytes] = []
-    fields: list[tuple[str, str]] = []
-    for name, value in form.multi_items():
-        if name in ("image", "image[]", "mask"):
-            if not isinstance(value, UploadFile):
-                raise ApiError(400, f"{name} must be a file", code="invalid_value", param=name.removesuffix("[]"))
-            (masks if name == "mask" else images).append(await value.read())
-        elif isinstance(value, UploadFile):
-            raise ApiError(400, f"{name} must not be a file", code="invalid_value", param=name)
-        else:
-            fields.append((name, value))
     if len(masks) > 1:
         raise ApiError(400, "mask is given twice; give it once", code="invalid_value", param="mask")
-    return images, masks[0] if masks else None, fields
+    return await answer(request, body, "image_edit", images, masks[0] if masks else None)

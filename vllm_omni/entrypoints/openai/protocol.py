@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from vllm_omni.diffusion.engine.engine import Engine
-from vllm_omni.entrypoints.openai.errors import ApiError, validation_error
 from vllm_omni.errors import InvalidRequestError, nearest_name
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
@@ -61,6 +59,8 @@ def _with_extra_body(values: Mapping[str, Any]) -> dict[str, Any]:
         return merged
     if not isinstance(extra, Mapping):
         raise InvalidRequestError("extra_body must be a JSON object", param="extra_body")
+    if "extra_body" in extra:
+        raise InvalidRequestError("extra_body holds another one; put its fields into the first", param="extra_body")
     for name, value in extra.items():
         if name in merged and merged[name] != value:
             raise InvalidRequestError(f"{name} is given twice, at the top and in extra_body; give it once", param=name)
@@ -115,7 +115,13 @@ class RequestFields(SamplingFields):  # type: ignore[misc,valid-type]  # mypy kn
 
     def _size(self, given: Mapping[str, Any]) -> dict[str, int]:
         width, separator, height = str(self.size).partition("x")
-        if not (separator and width.isdecimal() and height.isdecimal() and len(str(self.size)) <= 11):
+        if not (
+            separator
+            and str(self.size).isascii()
+            and width.isdecimal()
+            and height.isdecimal()
+            and len(str(self.size)) <= 11
+        ):
             raise InvalidRequestError(f"size={self.size!r} must read WIDTHxHEIGHT, as in 1024x768", param="size")
         for name in ("width", "height"):
             if name in given:
@@ -199,35 +205,3 @@ class VideoFields(GenerationFields):
             )
         params.num_frames = engine.num_frames_of(seconds, params.fps)
         return params
-
-
-_Model = typing.TypeVar("_Model", bound=StrictModel)
-
-
-def from_form(model: type[_Model], fields: Iterable[tuple[str, str]]) -> _Model:
-    """A body that came as a form: fields that are no texts hold JSON. Raises ``ApiError`` that names the field."""
-    values: dict[str, Any] = {}
-    for name, text in fields:
-        if name in values:
-            raise ApiError(400, f"{name} is given twice; give it once", code="invalid_value", param=name)
-        field = model.model_fields.get(name)
-        values[name] = text if field is None or _is_text(field.annotation) else _parsed(text)
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise validation_error(list(error.errors())) from error
-
-
-def _is_text(annotation: Any) -> bool:
-    """Whether a field's values are texts: ``str``, ``Literal["a", "b"]``, or one of them with None."""
-    parts = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else None
-    if parts is not None:
-        return any(_is_text(part) for part in parts)
-    return annotation is str or typing.get_origin(annotation) is Literal
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text  # the field's own check tells what it must be

@@ -11,12 +11,12 @@ from typing import Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 from pydantic import ValidationError
-from starlette.datastructures import UploadFile
 
 from vllm_omni.entrypoints.openai.errors import ApiError, validation_error
+from vllm_omni.entrypoints.openai.forms import from_form, is_form, read_form
 from vllm_omni.entrypoints.openai.jobs import VideoJobs, video_prompt
 from vllm_omni.entrypoints.openai.media import encode_video
-from vllm_omni.entrypoints.openai.protocol import VideoFields, from_form
+from vllm_omni.entrypoints.openai.protocol import VideoFields
 from vllm_omni.entrypoints.openai.server import Server, placing_of, server_of, unless_disconnected
 from vllm_omni.entrypoints.openai.storage import Job
 from vllm_omni.errors import InvalidRequestError
@@ -24,6 +24,7 @@ from vllm_omni.errors import InvalidRequestError
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
 _REFERENCE = "input_reference"
+_REFERENCE_ADDRESS = f"{_REFERENCE}[image_url]"
 
 
 def _body_schema() -> dict[str, Any]:
@@ -146,25 +147,21 @@ async def _read(request: Request) -> tuple[VideoFields, bytes | None]:
     """The fields and the picture of a body in either form."""
     server = server_of(request)
     server.check_accepts()
-    picture: bytes | None = None
-    if request.headers.get("content-type", "").startswith("multipart/form-data"):
-        fields: list[tuple[str, str]] = []
-        async with request.form(max_files=2, max_fields=100) as form:
-            for name, value in form.multi_items():
-                if isinstance(value, UploadFile):
-                    if name != _REFERENCE or picture is not None:
-                        raise ApiError(400, f"{name} must not be a file", code="invalid_value", param=name)
-                    picture = await value.read()
-                elif name == f"{_REFERENCE}[image_url]":
-                    picture = await server.media.fetch(value, _REFERENCE)
-                else:
-                    fields.append((name, value))
-        body = from_form(VideoFields, fields)
+    if is_form(request):
+        files, fields = await read_form(request, (_REFERENCE,))
+        addresses = [text for name, text in fields if name == _REFERENCE_ADDRESS]
+        body = from_form(VideoFields, [field for field in fields if field[0] != _REFERENCE_ADDRESS])
     else:
+        files, addresses = {_REFERENCE: []}, []
         body = await _from_json(request)
     if body.input_reference is not None:
-        picture = await server.media.fetch(body.input_reference.image_url, _REFERENCE)
+        addresses.append(body.input_reference.image_url)
         body.input_reference = None
+    if len(files[_REFERENCE]) + len(addresses) > 1:
+        text = f"{_REFERENCE} is given twice; a video starts from one picture"
+        raise ApiError(400, text, code="invalid_value", param=_REFERENCE)
+    pictures = files[_REFERENCE] + [await server.media.fetch(address, _REFERENCE) for address in addresses]
+    picture = pictures[0] if pictures else None
     server.check_model(body.model)
     server.check_kind("video", "/v1/images/generations")
     server.check_pictures(int(picture is not None), _REFERENCE, f"as {_REFERENCE}")
