@@ -9,6 +9,7 @@ import itertools
 import json
 import socket
 import threading
+import time
 
 import openai
 import pytest
@@ -28,6 +29,12 @@ def guarded(shipped_omni):
         shipped_omni, api_key="secret", max_body_mb=1, served_model_name="shapes", allowed_origins=("https://a.test",)
     ) as running:
         yield running
+
+
+def connected(server):
+    """A socket to the server."""
+    host, port = server.address.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +115,36 @@ def test_a_body_that_stops_coming_is_not_waited_for(shipped_omni):
             assert response.status == 408
             assert json.load(response)["error"]["param"] == "body"
         connection.close()
+
+
+def received(connection, pause_s=0.0):
+    """The number of bytes until the server ends the connection."""
+    total = 0
+    while part := connection.recv(100_000):
+        total += len(part)
+        time.sleep(pause_s)
+    return total
+
+
+def test_a_connection_whose_request_does_not_come_is_ended(shipped_omni):
+    parts = [b"", b"POST /v1/images/gen", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /hea"]
+    with running_server(shipped_omni, body_timeout_s=0.3) as running, contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(connected(running)) for _ in parts]
+        for connection, part in zip(connections, parts, strict=True):
+            connection.sendall(part)
+        assert [received(connection) > 0 for connection in connections] == [False, False, True]
+
+
+def test_a_connection_whose_answer_is_not_read_is_ended_and_one_that_is_slow_is_not(shipped_omni):
+    size = 20_000_000
+    with running_server(shipped_omni, send_timeout_s=1) as running:
+        # More than the system's buffers hold, in one piece: the gate sees it sent at once.
+        running.http_server.state.model_name = "x" * size
+        with connected(running) as deaf, connected(running) as slow:
+            for connection in (deaf, slow):
+                connection.sendall(b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert received(slow, pause_s=0.02) > size
+            assert received(deaf) < size
 
 
 def test_a_client_that_does_not_read_is_let_go_and_harms_nobody():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import resource
 import sys
 
 from vllm_omni import envs
@@ -12,6 +13,9 @@ from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.cli.arguments import add_engine_arguments, add_field_arguments, engine_values
 from vllm_omni.entrypoints.openai.config import ServerConfig
 from vllm_omni.entrypoints.openai.run import HttpServer, bind
+
+# A file descriptor for each client; the usual limit of 1024 can be raised to this by every user.
+_MOST_DESCRIPTORS = 10_240
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +37,15 @@ def run(arguments: argparse.Namespace) -> None:
     config = ServerConfig(**{"api_key": envs.api_key()} | {name: given[name] for name in names & given.keys()})
     # The engine's thread works in many short pieces; it must not wait 5 ms for the event loop between each two.
     sys.setswitchinterval(0.0005)
+    _raise_descriptor_limit()
     with bind(config) as listener:
         omni = AsyncOmni(arguments.model, task=arguments.task, max_queue=config.max_queue, **engine_values(given))
         with omni:
             HttpServer(omni, config, arguments.model, listener).run()
+
+
+def _raise_descriptor_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    reachable = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_MOST_DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < reachable:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (reachable, hard))

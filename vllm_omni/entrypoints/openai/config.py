@@ -33,7 +33,7 @@ class ServerConfig:
     )
     max_queue: int = _option(256, "most requests that wait; a further one is answered 429 with Retry-After")
     max_body_mb: int = _option(64, "most megabytes of a request's body")
-    body_timeout_s: float = _option(30.0, "seconds that a client may pause while it sends a body")
+    body_timeout_s: float = _option(30.0, "seconds that a client may pause while it sends a request")
     send_timeout_s: float = _option(60.0, "seconds that a client may leave a part of an answer unread")
     allowed_origins: tuple[str, ...] = _option(
         (), "web origins that browsers may call from, separated by commas; absent: none (CORS is off)", parse=_names

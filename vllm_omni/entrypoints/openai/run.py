@@ -15,6 +15,7 @@ import uvicorn
 from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.openai.app import create_app
 from vllm_omni.entrypoints.openai.config import ServerConfig
+from vllm_omni.entrypoints.openai.connections import SilentConnections
 from vllm_omni.entrypoints.openai.fetch import MediaFetcher
 from vllm_omni.entrypoints.openai.server import Server, served_name
 from vllm_omni.entrypoints.openai.storage import Storage
@@ -47,6 +48,7 @@ class HttpServer(uvicorn.Server):
 
     def __init__(self, omni: AsyncOmni, config: ServerConfig, model: str | None, listener: socket.socket) -> None:
         self._listener = listener
+        self._silent = SilentConnections(receive_timeout_s=config.body_timeout_s, send_timeout_s=config.send_timeout_s)
         self.state = Server(
             omni=omni,
             config=config,
@@ -78,6 +80,11 @@ class HttpServer(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             print(f"serving {self.state.model_name} at {self.address}", flush=True)  # noqa: T201  # what a user waits for
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # tenths of a second
+            self._silent.sweep(self.server_state.connections)
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.state.is_draining = True
