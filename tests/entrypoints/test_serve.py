@@ -81,14 +81,14 @@ def test_after_sigterm_what_runs_is_finished_and_the_status_is_0(tmp_path):
 
 
 def test_a_request_that_does_not_end_in_time_does_not_keep_the_server(tmp_path):
-    with served("--drain-timeout-s", 1, cwd=tmp_path) as server:
+    with served("--drain-timeout-s", 6, cwd=tmp_path) as server:
         body = SMALL | {"num_inference_steps": 10_000}
         client = threading.Thread(target=lambda: _fails(server, body))
         client.start()
         until(lambda: any(entry["state"] == "running" for entry in server.call("GET", "/v1/requests")["data"]))
         started = time.monotonic()
         assert server.end(signal.SIGTERM) == 0
-        assert time.monotonic() - started < 30
+        assert time.monotonic() - started < 6
         client.join(timeout=30)
 
 

@@ -201,7 +201,8 @@ class AsyncOmni:
     def _check_queue(self) -> None:
         num_waiting = self.engine.num_waiting
         if num_waiting >= self._max_queue:
-            retry_after_s = self.engine.seconds_of_work
+            # One that waits leaves its place once the first of all is done.
+            retry_after_s = min(self.engine.seconds_left().values(), default=0.0)
             raise QueueFullError(
                 f"{num_waiting} requests wait, and at most {self._max_queue} may; try again in"
                 f" {math.ceil(retry_after_s)} s",

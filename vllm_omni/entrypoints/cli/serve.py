@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import resource
 import sys
 
@@ -42,6 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
         omni = AsyncOmni(arguments.model, task=arguments.task, max_queue=config.max_queue, **engine_values(given))
         with omni:
             HttpServer(omni, config, arguments.model, listener).run()
+    # The interpreter would look through all objects of all libraries several times before it ends, for a second.
+    gc.freeze()
 
 
 def _raise_descriptor_limit() -> None:

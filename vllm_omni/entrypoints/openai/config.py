@@ -41,7 +41,11 @@ class ServerConfig:
     allowed_media_domains: tuple[str, ...] = _option(
         (), "domains from which pictures are fetched, separated by commas; absent: none", parse=_names
     )
-    drain_timeout_s: float = _option(30.0, "seconds that requests in progress have to finish after SIGTERM")
+    drain_timeout_s: float = _option(
+        30.0,
+        "seconds in which the server ends after SIGTERM; requests in progress have nine tenths of them",
+        aliases=("--drain-timeout",),
+    )
     storage_dir: Path | None = _option(None, "folder for video jobs and stored results; absent: a temporary one")
     retention_hours: float = _option(24.0, "hours that stored results are kept")
     retention_gb: float = _option(10.0, "gigabytes of stored results that are kept; the oldest go first")

@@ -21,6 +21,10 @@ from vllm_omni.entrypoints.openai.server import Server, served_name
 from vllm_omni.entrypoints.openai.storage import Storage
 from vllm_omni.errors import InvalidConfigError
 
+# Of the time that a server has to end: the step that is being computed ends, and the process is taken down.
+_SHARE_TO_CLOSE = 0.1
+_LEAST_SECONDS_TO_CLOSE = 1.0
+
 
 def bind(config: ServerConfig) -> socket.socket:
     """The socket that a server will listen on, taken before a model is loaded for nothing.
@@ -42,8 +46,8 @@ def bind(config: ServerConfig) -> socket.socket:
 class HttpServer(uvicorn.Server):
     """Serves ``omni`` on the socket of :func:`bind` until SIGTERM or SIGINT.
 
-    From then on nothing new is accepted, what runs has ``drain_timeout_s`` to finish, and :meth:`run` returns, so that
-    the process exits with status 0. A second SIGINT ends at once.
+    From then on nothing new is accepted, what runs has ``drain_timeout_s`` to finish but for the last tenth, which
+    closing takes, and :meth:`run` returns, so that the process exits with status 0. A second SIGINT ends at once.
     """
 
     def __init__(self, omni: AsyncOmni, config: ServerConfig, model: str | None, listener: socket.socket) -> None:
@@ -62,7 +66,7 @@ class HttpServer(uvicorn.Server):
             uvicorn.Config(
                 create_app(self.state),
                 log_level="warning",
-                timeout_graceful_shutdown=max(1, round(config.drain_timeout_s)),
+                timeout_graceful_shutdown=max(1, round(_seconds_to_finish(config))),
                 server_header=False,
             )
         )
@@ -106,5 +110,10 @@ class HttpServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.state.is_draining = True
-        self.state.drain_until = time.monotonic() + self.state.config.drain_timeout_s
+        self.state.drain_until = time.monotonic() + _seconds_to_finish(self.state.config)
         super().handle_exit(sig, frame)
+
+
+def _seconds_to_finish(config: ServerConfig) -> float:
+    timeout_s = config.drain_timeout_s
+    return max(0.0, timeout_s - max(_LEAST_SECONDS_TO_CLOSE, _SHARE_TO_CLOSE * timeout_s))
