@@ -235,7 +235,16 @@ def test_metrics_count_what_happened(server, client):
 
 
 @pytest.mark.parametrize(
-    "options", [{"port": 70000}, {"max_queue": 0}, {"api_key": " "}, {"drain_timeout_s": -1}, {"max_body_mb": True}]
+    "options",
+    [
+        {"port": 70000},
+        {"max_queue": 0},
+        {"api_key": " "},
+        {"api_key": "sécret"},
+        {"api_key": "secret\n"},
+        {"drain_timeout_s": -1},
+        {"max_body_mb": True},
+    ],
 )
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(InvalidConfigError) as caught:

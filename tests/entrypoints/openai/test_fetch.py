@@ -72,12 +72,45 @@ def test_an_allowed_domain_is_fetched_from_the_address_that_was_checked(port, re
 
 
 @pytest.mark.parametrize(
-    "address", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "192.168.1.1", "::1", "fe80::1%eth0", "::ffff:127.0.0.1"]
+    "address",
+    [
+        "127.0.0.1",
+        "10.0.0.1",
+        "169.254.169.254",
+        "192.168.1.1",
+        "224.0.0.1",
+        "::1",
+        "fe80::1%eth0",
+        "fec0::1",
+        "ff02::1",
+        "::ffff:127.0.0.1",
+        "::127.0.0.1",
+        "64:ff9b::127.0.0.1",
+        "64:ff9b:1::10.0.0.1",
+        "2002:7f00:1::",
+    ],
 )
 def test_a_domain_that_leads_within_is_refused_even_if_it_is_allowed(resolves, address):
     resolves("93.184.216.34", address)
     with pytest.raises(InvalidRequestError, match="not public"):
         get("http://pictures.test/a.png", "pictures.test")
+
+
+def test_an_address_that_cannot_be_reached_is_passed_over(port, resolves, monkeypatch):
+    resolves("64:ff9b::93.184.216.34", "93.184.216.34")
+    asked = []
+
+    def here(address, timeout):
+        asked.append(address[0])
+        if ":" in address[0]:
+            raise OSError("no route")
+        connection = socket.socket()
+        connection.connect(("127.0.0.1", port))
+        return connection
+
+    monkeypatch.setattr(fetch.socket, "create_connection", here)
+    assert get("http://pictures.test/a.png", "pictures.test") == b"picture of pictures.test"
+    assert asked == ["64:ff9b::93.184.216.34", "93.184.216.34"]
 
 
 @pytest.mark.parametrize(

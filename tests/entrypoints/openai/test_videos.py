@@ -206,7 +206,7 @@ def test_a_job_that_takes_the_server_with_it_is_given_up(video_folder, tmp_path)
     job = Job(fields={"prompt": "a cat", "size": "48x32", "num_frames": 5, "num_inference_steps": 3})
     job.state, job.num_starts = "in_progress", _MAX_STARTS
     with contextlib.closing(Storage(tmp_path, max_age_s=100, max_bytes=1e9)) as storage:
-        storage.put_job(job)
+        storage.add_job(job)
     with AsyncOmni(str(video_folder)) as omni, running_server(omni, storage_dir=tmp_path) as server:
         assert wait(server, job.id, "failed")["error"]["code"] == "too_many_restarts"
 
@@ -216,8 +216,8 @@ def test_results_go_by_age_and_by_bytes_the_oldest_first(tmp_path):
         names = [storage.put_file(b"x" * 100, "png") for _ in range(3)]
         old = Job(fields={}, state="completed", completed=int(time.time()) - 60, file=storage.put_file(b"y", "mp4"))
         waiting = Job(fields={}, input_file=names[0])
-        storage.put_job(old)
-        storage.put_job(waiting)
+        storage.add_job(old)
+        storage.add_job(waiting)
         storage._database.execute("UPDATE files SET created = created - 10 WHERE name = ?", (names[0],))
         storage._database.execute("UPDATE files SET created = created - 5 WHERE name = ?", (names[1],))
         (tmp_path / "files" / "left.partial").write_bytes(b"")
@@ -230,6 +230,18 @@ def test_results_go_by_age_and_by_bytes_the_oldest_first(tmp_path):
         assert [storage.file(name) is not None for name in names] == [False, False, True, True]
         assert storage.job(old.id) is None
         assert not (tmp_path / "files" / "left.partial").exists()
+
+
+def test_a_job_that_was_deleted_does_not_come_back_by_a_late_word_of_it(tmp_path):
+    job = Job(fields={"prompt": "a cat"})
+    with contextlib.closing(Storage(tmp_path, max_age_s=100, max_bytes=1e9)) as storage:
+        storage.add_job(job)
+        job.state = "in_progress"
+        storage.put_job(job)
+        assert [found.state for found in storage.unfinished_jobs()] == ["in_progress"]
+        storage.delete_job(job)
+        storage.put_job(job)
+        assert storage.job(job.id) is None
 
 
 def test_a_folder_serves_one_server_at_a_time(tmp_path):

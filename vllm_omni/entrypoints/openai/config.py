@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,3 +63,6 @@ class ServerConfig:
             raise InvalidConfigError(f"port={self.port} must lie between 0 and 65535", option="port")
         if self.api_key is not None and not self.api_key.strip():
             raise InvalidConfigError("api_key is empty; give a key, or leave it out", option="api_key")
+        if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
+            text = "api_key must hold letters, digits and signs of ASCII alone, and no space; no header carries others"
+            raise InvalidConfigError(text, option="api_key")

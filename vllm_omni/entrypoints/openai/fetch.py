@@ -17,10 +17,14 @@ import ssl
 from urllib.parse import urlsplit
 
 from vllm_omni.errors import InvalidRequestError
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
 
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
 _TIMEOUT_S = 10.0
 _MAX_BYTES = 32 * 2**20
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 class MediaFetcher:
@@ -57,25 +61,47 @@ class MediaFetcher:
             )
         port = port or (443 if parts.scheme == "https" else 80)
         try:
-            address = _public_address(host, port)
+            addresses = _public_addresses(host, port)
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-            return _get(parts.scheme, host, port, address, target)
+            return _get(parts.scheme, host, port, addresses, target)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise InvalidRequestError(f"{param}={url[:80]!r} cannot be fetched: {error}", param=param) from error
 
 
-def _public_address(host: str, port: int) -> str:
-    """An address of ``host``. Raises ``ValueError`` if any of its addresses is not public."""
-    found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
-    for address in found:
-        if not ipaddress.ip_address(address.partition("%")[0]).is_global:
-            raise ValueError("its domain leads to an address that is not public")
-    return min(found)
+def _public_addresses(host: str, port: int) -> list[str]:
+    """The addresses of ``host``, the preferred first. Raises ``ValueError`` if any of them is not public."""
+    found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    if not all(_is_public(address) for address in found):
+        raise ValueError("its domain leads to an address that is not public")
+    return list(dict.fromkeys(found))
 
 
-def _get(scheme: str, host: str, port: int, address: str, target: str) -> bytes:
-    """Get from the address that was checked: to resolve the name again could lead elsewhere."""
-    raw = socket.create_connection((address, port), timeout=_TIMEOUT_S)
+def _is_public(text: str) -> bool:
+    address = ipaddress.ip_address(text.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.is_site_local:
+            return False
+        # Gateways take these to the address of version 4 within.
+        if address in _NAT64:
+            address = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        elif address.sixtofour is not None:
+            address = address.sixtofour
+    return address.is_global and not address.is_multicast and not address.is_reserved
+
+
+def _connect(addresses: list[str], port: int) -> socket.socket:
+    """A connection to the first of them that takes one: a machine may have no route to those of one version."""
+    for address in addresses[:-1]:
+        try:
+            return socket.create_connection((address, port), timeout=_TIMEOUT_S)
+        except OSError as error:
+            logger.debug("%s cannot be reached: %s", address, error)
+    return socket.create_connection((addresses[-1], port), timeout=_TIMEOUT_S)
+
+
+def _get(scheme: str, host: str, port: int, addresses: list[str], target: str) -> bytes:
+    """Get from the addresses that were checked: to resolve the name again could lead elsewhere."""
+    raw = _connect(addresses, port)
     with raw:
         stream = ssl.create_default_context().wrap_socket(raw, server_hostname=host) if scheme == "https" else raw
         with stream:

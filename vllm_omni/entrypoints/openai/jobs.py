@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from typing import Any
 
@@ -61,7 +62,7 @@ class VideoJobs:
         input_file = None if picture is None else await asyncio.to_thread(storage.put_file, picture, "input")
         job = Job(fields=body.model_dump(exclude_none=True, exclude_defaults=True), input_file=input_file)
         # Before it is queued: a job that was accepted must be found after a crash.
-        await asyncio.to_thread(storage.put_job, job)
+        await asyncio.to_thread(storage.add_job, job)
         try:
             watcher = await self._submit(job, body, picture, **placing)
         except BaseException:
@@ -156,7 +157,7 @@ class VideoJobs:
         while True:
             try:
                 await asyncio.to_thread(self._server.storage.sweep)
-            except OSError:
+            except (OSError, sqlite3.Error):
                 logger.exception("old results could not be dropped")
             await asyncio.sleep(_SECONDS_BETWEEN_SWEEPS)
 

@@ -77,13 +77,17 @@ class Storage:
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.executescript(_SCHEMA)
 
-    def put_job(self, job: Job) -> None:
-        """Write a job, new or changed. On return it is on the disk."""
-        content = {name: value for name, value in vars(job).items() if name not in ("id", "created", "state")}
+    def add_job(self, job: Job) -> None:
+        """Write a new job. On return it is on the disk."""
         with self._lock, self._database:
             self._database.execute(
-                "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?)", (job.id, job.created, job.state, json.dumps(content))
+                "INSERT INTO jobs (state, content, id, created) VALUES (?, ?, ?, ?)", (*_row(job), job.created)
             )
+
+    def put_job(self, job: Job) -> None:
+        """Write what has changed of a job. One that was deleted in the meantime stays so."""
+        with self._lock, self._database:
+            self._database.execute("UPDATE jobs SET state = ?, content = ? WHERE id = ?", _row(job))
 
     def job(self, job_id: str) -> Job | None:
         found = self._jobs("WHERE id = ?", (job_id,))
@@ -174,3 +178,9 @@ class Storage:
         return [
             Job(id=key, created=created, state=state, **json.loads(content)) for key, created, state, content in rows
         ]
+
+
+def _row(job: Job) -> tuple[str, str, str]:
+    """State, content and id."""
+    content = {name: value for name, value in vars(job).items() if name not in ("id", "created", "state")}
+    return job.state, json.dumps(content), job.id
