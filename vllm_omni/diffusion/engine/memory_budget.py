@@ -67,25 +67,26 @@ class MemoryBudget:
         return num_rows
 
     def shortage(self, candidate: ScheduledRequest) -> tuple[float, float] | None:
-        """Needed and available bytes of a request that would not fit even alone; None if it would."""
-        if not self._is_known(candidate):
-            return None
-        needed = self._states([candidate]) + self._work(candidate)
-        return None if self._capacity is None or needed <= self._capacity else (needed, self._capacity)
+        """Needed and available bytes of a request that would not fit even alone; None if it would.
 
-    def _is_known(self, item: ScheduledRequest) -> bool:
-        """Whether something not much smaller was measured: from far below, what is fixed counts many times."""
-        volume = output_volume(item)
-        return any(volume <= _FURTHEST * measured for measured in self._measured["state"])
+        From far below, what is fixed counts many times. So one that is further away is held to need as much as the
+        largest that can be judged, which is the least that it needs.
+        """
+        if self._capacity is None or not self._measured["state"]:
+            return None
+        volume = output_volume(candidate)
+        share = min(1.0, _FURTHEST * max(self._measured["state"]) / volume)
+        needed = self._estimate("state", share * volume) + self._work(candidate, share)
+        return None if needed <= self._capacity else (needed, self._capacity)
 
     def _states(self, requests: Iterable[ScheduledRequest]) -> float:
         return sum(self._estimate("state", output_volume(item)) for item in requests)
 
-    def _work(self, item: ScheduledRequest) -> float:
-        step, decode = item.volume * item.num_rows, output_volume(item)
+    def _work(self, item: ScheduledRequest, share: float = 1.0) -> float:
+        step, decode = share * item.volume * item.num_rows, share * output_volume(item)
         return max(self._estimate("step", step), self._estimate("decode", decode))
 
-    def _estimate(self, kind: Kind, volume: int) -> float:
+    def _estimate(self, kind: Kind, volume: float) -> float:
         """In proportion to the nearest measured volume, and never less than a smaller one took."""
         known = self._measured[kind]
         if not known:
