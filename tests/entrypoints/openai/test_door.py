@@ -60,6 +60,21 @@ def test_a_path_that_does_not_exist_and_a_method_that_does_not_fit(server):
     assert server.call("GET", GENERATIONS)[2]["error"]["code"] == "method_not_allowed"
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "param", "message"),
+    [
+        ("GET", "/v1/videos?limt=5", "limt", "did you mean 'limit'?"),
+        ("GET", "/v1/models?size=64x64", "size", "takes none"),
+        ("POST", f"{GENERATIONS}?size=64x64", "size", "takes none"),
+    ],
+)
+def test_a_parameter_that_no_route_knows_is_not_ignored(server, method, path, param, message):
+    status, _, answer = server.call(method, path, {"prompt": "a cat"} if method == "POST" else None)
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert message in answer["error"]["message"]
+    assert server.call("GET", "/?from=elsewhere")[0] == 200
+
+
 @pytest.mark.parametrize("key", ["wrong", "secre", "secret2", "sécret"])
 def test_a_wrong_key_is_a_401(guarded, key):
     status, _, answer = guarded.call("GET", "/v1/models", None, {"Authorization": f"Bearer {key}".encode()})
