@@ -239,6 +239,26 @@ def test_bad_requests_are_refused_before_they_are_queued(omni):
         time.sleep(0.01)
 
 
+def test_pictures_of_few_requests_are_decoded_at_a_time(omni, monkeypatch):
+    under_way, most = [], []
+
+    def decode(*_):
+        under_way.append(None)
+        most.append(len(under_way))
+        time.sleep(0.05)
+        under_way.pop()
+        raise InvalidRequestError("it is no picture", param="image")
+
+    monkeypatch.setattr(omni.engine, "validate", decode)
+
+    async def send():
+        prompt = {"prompt": "a cat", "multi_modal_data": {"image": b"x"}}
+        return await asyncio.gather(*(omni.complete(prompt) for _ in range(6)), return_exceptions=True)
+
+    assert {type(answer) for answer in asyncio.run(send())} == {InvalidRequestError}
+    assert max(most) == 2
+
+
 def test_a_watcher_that_does_not_read_keeps_little_and_hears_of_the_end():
     async def fill():
         watcher = Watcher()

@@ -13,6 +13,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from vllm_omni.errors import InvalidRequestError
+from vllm_omni.inputs import images
 from vllm_omni.inputs.images import MAX_PIXELS, load_images, prompt_images
 
 COLOURS = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3
@@ -171,6 +172,15 @@ def test_a_file_of_a_rare_format_is_no_picture_and_no_program_is_run_for_it(monk
         Image.new("RGB", (64, 64)).save(file, rare)
         with pytest.raises(InvalidRequestError, match="no picture"):
             load_images(file.getvalue(), param="image")
+
+
+def test_pictures_that_are_too_much_together_are_refused_before_that(monkeypatch):
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "PNG")
+    monkeypatch.setattr(images, "MAX_PIXELS", 3 * 64 * 64)
+    assert len(load_images([file.getvalue()] * 3, param="image", max_images=8)) == 3
+    with pytest.raises(InvalidRequestError, match="beside those that came before it"):
+        load_images([file.getvalue()] * 4, param="image", max_images=8)
 
 
 def test_an_animation_is_refused():

@@ -7,7 +7,7 @@ import math
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Collection
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 from vllm_omni.diffusion.engine.configure import configure
@@ -30,6 +30,8 @@ from vllm_omni.logger import init_logger
 from vllm_omni.outputs import OmniRequestOutput
 
 logger = init_logger(__name__)
+
+_NUM_DECODERS = 2
 
 
 class AsyncOmni:
@@ -57,6 +59,8 @@ class AsyncOmni:
         self._max_queue = max_queue
         self._closed = False
         self._wake = threading.Condition()
+        # A small file can unpack to MAX_PIXELS: so many of them are in memory at a time and no more.
+        self._decoders = ThreadPoolExecutor(_NUM_DECODERS, thread_name_prefix="vllm-omni-pictures")
         loading: Future[Engine] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(loading, on_load_progress), name="vllm-omni-engine", daemon=True
@@ -132,7 +136,8 @@ class AsyncOmni:
         self._check_open()
         if isinstance(prompt, dict) and prompt.get("multi_modal_data"):
             # Pictures are decoded and scaled: not in the event loop, where everybody would wait for it.
-            request = await asyncio.to_thread(self.engine.validate, prompt, params)
+            loop = asyncio.get_running_loop()
+            request = await loop.run_in_executor(self._decoders, self.engine.validate, prompt, params)
         else:
             request = self.engine.validate(prompt, params)  # a tenth of a millisecond
         with self._wake:
@@ -180,6 +185,7 @@ class AsyncOmni:
         with self._wake:
             self._closed = True
             self._wake.notify()
+        self._decoders.shutdown(cancel_futures=True)
         self._thread.join()
         self.engine.close()
 

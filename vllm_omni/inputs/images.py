@@ -21,7 +21,7 @@ from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
 
-# Larger pictures are refused before they are decoded: a few kilobytes can unpack to gigabytes.
+# Of all pictures of a request. More are refused before they are decoded: a few kilobytes can unpack to gigabytes.
 MAX_PIXELS = 64 * 1024 * 1024
 # Pillow knows many more, of which one runs a program (EPS), and few of whose decoders have many eyes on them.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -61,7 +61,11 @@ def load_images(value: Any, *, param: str, mode: str = "RGB", max_images: int = 
     if not 1 <= len(values) <= max_images:
         allowed = "one picture" if max_images == 1 else f"1 to {max_images} pictures"
         raise InvalidRequestError(f"{param} holds {len(values)} pictures; this model takes {allowed}", param=param)
-    return [_in_mode(_load(item, param), mode, param) for item in values]
+    pictures: list[Image.Image] = []
+    for item in values:
+        num_left = MAX_PIXELS - sum(picture.width * picture.height for picture in pictures)
+        pictures.append(_in_mode(_load(item, param, num_left), mode, param))
+    return pictures
 
 
 def log_resize(picture: Image.Image, width: int, height: int) -> None:
@@ -70,21 +74,21 @@ def log_resize(picture: Image.Image, width: int, height: int) -> None:
         logger.info("a picture of %d x %d pixels is brought to %d x %d", picture.width, picture.height, width, height)
 
 
-def _load(value: Any, param: str) -> Image.Image:
+def _load(value: Any, param: str, max_pixels: int) -> Image.Image:
     if isinstance(value, Image.Image):
-        picture = _checked(value, param)
+        picture = _checked(value, param, max_pixels)
     elif isinstance(value, np.ndarray):
         picture = _from_array(value, param)
     elif isinstance(value, (bytes, bytearray)):
-        picture = _decode(bytes(value), param)
+        picture = _decode(bytes(value), param, max_pixels)
     elif isinstance(value, str):
-        picture = _decode(_data_url_bytes(value, param), param)
+        picture = _decode(_data_url_bytes(value, param), param, max_pixels)
     else:
         raise InvalidRequestError(
             f"{param} is a {type(value).__name__}; give a PIL picture, a numpy array, encoded bytes or a data URL",
             param=param,
         )
-    _check_size(picture, param)
+    _check_size(picture, param, max_pixels)
     return picture
 
 
@@ -102,13 +106,13 @@ def _data_url_bytes(value: str, param: str) -> bytes:
         raise InvalidRequestError(f"{param} is a data URL with broken base64 ({error})", param=param) from error
 
 
-def _decode(encoded: bytes, param: str) -> Image.Image:
+def _decode(encoded: bytes, param: str, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             # Between what Pillow warns of and what it refuses; both are more than _check_size lets through.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             picture: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-        picture = _checked(picture, param)
+        picture = _checked(picture, param, max_pixels)
         # As a viewer shows it: cameras store how they were held beside the pixels.
         return ImageOps.exif_transpose(picture)
     except InvalidRequestError:
@@ -129,9 +133,9 @@ def _decode(encoded: bytes, param: str) -> Image.Image:
         ) from error
 
 
-def _checked(picture: Image.Image, param: str) -> Image.Image:
+def _checked(picture: Image.Image, param: str, max_pixels: int) -> Image.Image:
     """A picture whose pixels are loaded, after the checks that must come before that."""
-    _check_size(picture, param)
+    _check_size(picture, param, max_pixels)
     num_frames = getattr(picture, "n_frames", 1)  # only formats that can be animated have it
     if num_frames > 1:
         raise InvalidRequestError(f"{param} is animated, with {num_frames} frames; give one of them", param=param)
@@ -162,10 +166,12 @@ def _from_array(values: np.ndarray, param: str) -> Image.Image:
     return Image.fromarray(values)
 
 
-def _check_size(picture: Image.Image, param: str) -> None:
-    if picture.width * picture.height > MAX_PIXELS:
+def _check_size(picture: Image.Image, param: str, max_pixels: int) -> None:
+    if picture.width * picture.height > max_pixels:
+        beside = "" if max_pixels == MAX_PIXELS else " beside those that came before it"
         raise InvalidRequestError(
-            f"{param} is {picture.width} x {picture.height} pixels; at most {MAX_PIXELS:,} are taken, so scale it down",
+            f"{param} is {picture.width} x {picture.height} pixels{beside}; at most {MAX_PIXELS:,} are taken in all, so"
+            " scale it down",
             param=param,
         )
 
