@@ -229,7 +229,9 @@ def test_an_error_inside_says_nothing_of_this_machine(server, client, monkeypatc
 
 def test_browsers_may_call_only_from_origins_that_are_allowed(server, guarded):
     headers = {"Origin": "https://a.test", "Authorization": "Bearer secret"}
-    assert guarded.call("GET", "/v1/models", None, headers)[1]["Access-Control-Allow-Origin"] == "https://a.test"
+    allowed = guarded.call("GET", "/v1/models", None, headers)[1]
+    assert allowed["Access-Control-Allow-Origin"] == "https://a.test"
+    assert "X-Receipt" in allowed["Access-Control-Expose-Headers"]
     other = headers | {"Origin": "https://b.test"}
     assert "Access-Control-Allow-Origin" not in guarded.call("GET", "/v1/models", None, other)[1]
     assert "Access-Control-Allow-Origin" not in server.call("GET", "/v1/models", None, headers)[1]
