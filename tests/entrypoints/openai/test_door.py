@@ -201,9 +201,10 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_again(qwen_folder):
     with AsyncOmni(str(qwen_folder), max_num_seqs=1, max_queue=1) as omni, running_server(omni) as running:
         long = {"prompt": "a cat", "size": "32x32", "num_inference_steps": 10_000}
         threads = [threading.Thread(target=running.call, args=("POST", GENERATIONS, long)) for _ in range(2)]
-        for count, thread in enumerate(threads):
-            thread.start()
-            running.wait_until(lambda count=count: omni.engine.num_running + omni.engine.num_waiting > count)
+        threads[0].start()
+        running.wait_until(lambda: omni.engine.num_running == 1)
+        threads[1].start()
+        running.wait_until(lambda: omni.engine.num_waiting == 1)
         with running.client() as openai_client, pytest.raises(openai.RateLimitError) as caught:
             openai_client.images.generate(prompt="a cat", size="32x32")
         assert int(caught.value.response.headers["Retry-After"]) >= 1
