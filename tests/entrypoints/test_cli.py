@@ -44,6 +44,11 @@ def test_without_a_name_the_seed_names_the_file_and_several_are_numbered(generat
     assert (tmp_path / "vllm-omni-5-1.png").exists()
 
 
+def test_a_cache_that_never_hits_is_said(generate):
+    _, out, _ = generate("--cache-backend", "tea_cache", "--cache-config", '{"rel_l1_thresh": 0.001}')
+    assert out.splitlines()[-1].endswith("in float32; tea_cache: skipped 0 of 2 forwards")
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
 import types
 import typing
@@ -75,6 +76,25 @@ def read_picture(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InvalidRequestError(f"--image {path} cannot be read: {error.strerror}", param="image") from error
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Make the folder of a file before the work is done that the file is for. Raises ``InvalidRequestError``."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_written(option, path, error.strerror or str(error)) from error
+    if path.is_dir():
+        raise InvalidRequestError(f"--{option} {path} is a folder; name a file in it", param=option.replace("-", "_"))
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise not_written(option, path, "no permission")
+
+
+def not_written(option: str, path: Path, reason: str) -> InvalidRequestError:
+    """The error of a file that cannot be written."""
+    return InvalidRequestError(
+        f"--{option} {path} cannot be written: {reason}; name a file in another folder", param=option.replace("-", "_")
+    )
 
 
 def count(text: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,9 @@ from vllm_omni.diffusion.data import TASKS
 from vllm_omni.entrypoints.cli.arguments import (
     add_engine_arguments,
     add_sampling_arguments,
+    check_writable,
     engine_values,
+    not_written,
     read_picture,
     sampling_values,
 )
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Carry the command out: load, generate, write, and say where the result is."""
     given = vars(arguments)
     if arguments.output is None:
-        _check_folder(Path("vllm-omni"))
+        check_writable("output", Path("vllm-omni.png"))
     else:
         _check_output(arguments.output, [suffix for suffixes in _SUFFIXES.values() for suffix in suffixes])
     params = OmniDiffusionSamplingParams(**sampling_values(given))
@@ -103,28 +104,7 @@ def _check_output(path: Path, suffixes: Sequence[str]) -> None:
         raise InvalidRequestError(
             f"--output {path} must end in {', '.join(suffixes)}: the ending chooses the format", param="output"
         )
-    if path.is_dir():
-        raise InvalidRequestError(f"--output {path} is a folder; name a file in it", param="output")
-    _check_folder(path)
-
-
-def _check_folder(path: Path) -> None:
-    """Make the folder of a file, before the work is done that the file is for."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _not_written(path, error) from error
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise InvalidRequestError(
-            f"--output {path} cannot be written: no permission; name a file in another folder", param="output"
-        )
-
-
-def _not_written(path: Path, error: OSError) -> InvalidRequestError:
-    reason = error.strerror or str(error)
-    return InvalidRequestError(
-        f"--output {path} cannot be written: {reason}; name a file in another folder", param="output"
-    )
+    check_writable("output", path)
 
 
 def _write(output: OmniRequestOutput, path: Path | None, suffix: str) -> list[Path]:
@@ -144,7 +124,7 @@ def _write(output: OmniRequestOutput, path: Path | None, suffix: str) -> list[Pa
             else:
                 result.save(target)
         except OSError as error:
-            raise _not_written(target, error) from error
+            raise not_written("output", target, error.strerror or str(error)) from error
     return paths
 
 
@@ -159,7 +139,9 @@ def _summary(output: OmniRequestOutput, load_s: float) -> str:
     frames = "" if receipt.num_frames is None else f" x {receipt.num_frames} frames"
     seeds = "" if receipt.seeds is None else f", seed {', '.join(map(str, receipt.seeds))}"
     plural = "" if metrics.num_steps == 1 else "s"
+    accelerations = "".join(f"; {text}" for text in receipt.accelerations)
     return (
         f"{receipt.width} x {receipt.height}{frames}, {metrics.num_steps} step{plural}{seeds}: {metrics.total_s:.1f} s"
         f" ({metrics.denoise_s:.1f} s denoising; loading {load_s:.1f} s) on {receipt.device} in {receipt.dtype}"
+        f"{accelerations}"
     )
