@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from vllm_omni.entrypoints.cli import bench
 from vllm_omni.entrypoints.cli.main import main
 
 
@@ -23,6 +24,30 @@ def test_latency_is_measured_for_each_batch_size(qwen_folder, tmp_path, capsys):
         assert 0 < batch["seconds_per_step"] < batch["median_s"] <= batch["p90_s"]
     assert results["receipt"]["seeds"] == [0]
     assert results["environment"]["versions"]["torch"]
+
+
+def test_each_batch_says_what_accelerated_it_and_the_options_are_kept(qwen_folder, tmp_path, capsys):
+    path = tmp_path / "latency.json"
+    command = ["bench", "latency", "--model", str(qwen_folder), "--batch-size", "1", "2", "--steps", "4"]
+    command += ["--size", "48x32", "--num-warmup", "0", "--num-trials", "1", "--output-json", str(path)]
+    command += ["--cache-backend", "tea_cache", "--cache-config", '{"rel_l1_thresh": 9}']
+    assert main(command) == 0
+    results = json.loads(path.read_text())
+    assert [row["accelerations"] for row in results["batches"]] == [["tea_cache: skipped 2 of 4 forwards"]] * 2
+    assert results["options"] == {"cache_backend": "tea_cache", "cache_config": {"rel_l1_thresh": 9}}
+    assert capsys.readouterr().out.count("tea_cache: skipped 2 of 4 forwards") == 1
+
+
+def test_a_batch_that_was_accelerated_otherwise_is_said():
+    rows = [{"batch_size": 1, "accelerations": ["torch.compile"]}, {"batch_size": 8, "accelerations": []}]
+    assert bench._accelerations(rows) == "batch 1: torch.compile; batch 8: no accelerations"
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "latency.json"
+    assert main(["bench", "latency", "--model", "/nowhere/at/all", "--output-json", str(path)]) == 2
+    assert f"--output-json {path} cannot be written: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -140,3 +140,11 @@ def test_a_mix_that_cannot_be_read_is_refused(mix):
 def test_an_error_in_another_form_is_counted_by_its_status():
     assert _error(502, b"<html>").kind == "502"
     assert isinstance(_error(500, b'{"detail": "x"}'), RequestError)
+
+
+def test_a_file_that_cannot_be_written_is_said_before_the_server_is_asked(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for option in ("--output-json", "--output-svg"):
+        path = str(tmp_path / "file" / "result")
+        assert main(["bench", "serve", "--base-url", "http://localhost:1", option, path]) == 2
+        assert f"{option} {path} cannot be written: " in capsys.readouterr().err

@@ -158,6 +158,21 @@ def test_bad_input_is_refused_before_anything_loads(qwen_folder, tmp_path, capsy
     assert message in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_made_is_said_before_anything_loads(qwen_folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["compare", str(qwen_folder), "--output-dir", str(tmp_path / "file")]) == 2
+    assert f"--output-dir {tmp_path / 'file' / 'report.html'} cannot be written: " in capsys.readouterr().err
+
+
+def test_the_options_of_this_engine_are_in_the_reports(qwen_folder, tmp_path):
+    options = ["--cache-backend", "tea_cache", "--cache-config", '{"rel_l1_thresh": 0.3}']
+    once = ["--num-trials", "1", "--num-warmup", "0", "--output-dir", str(tmp_path)]
+    assert main(["compare", str(qwen_folder), "--size", "48x32", "--steps", "2", *options, *once]) == 0
+    kept = {"cache_backend": "tea_cache", "cache_config": {"rel_l1_thresh": 0.3}}
+    assert json.loads((tmp_path / "results.json").read_text())["options"] == kept
+    assert "| cache_config | {'rel_l1_thresh': 0.3} |" in (tmp_path / "report.md").read_text()
+
+
 @pytest.mark.parametrize("arguments", [["--num-trials", "0"], ["--against", "others"], ["--num-warmup", "x"]])
 def test_counts_and_names_are_checked(arguments, capsys):
     with pytest.raises(SystemExit):

@@ -14,6 +14,7 @@ from vllm_omni.entrypoints.cli import bench_serve
 from vllm_omni.entrypoints.cli.arguments import (
     add_engine_arguments,
     add_sampling_arguments,
+    check_writable,
     count,
     count_or_zero,
     engine_values,
@@ -56,10 +57,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.benchmark == "serve":
         bench_serve.run(arguments)
         return
+    if arguments.output_json is not None:
+        check_writable("output-json", arguments.output_json)
+    options = engine_values(vars(arguments))
     params = OmniDiffusionSamplingParams(**{"seed": 0, **sampling_values(vars(arguments))})
     prompt = _prompt(arguments)
     started = time.perf_counter()
-    with Omni(arguments.model, show_progress=False, **engine_values(vars(arguments))) as omni:
+    with Omni(arguments.model, show_progress=False, **options) as omni:
         load_s = time.perf_counter() - started
         omni.resolve(prompt, params)
         measured = [_measure(omni, prompt, params, size, arguments) for size in arguments.batch_size]
@@ -68,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     results: dict[str, Any] = {
         "environment": environment(config.torch_device),
         "receipt": dataclasses.asdict(receipt),
+        "options": options,
         "prompt": arguments.prompt,
         "negative_prompt": arguments.negative_prompt,
         "max_batch_size": config.max_batch_size,
@@ -78,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
     print(
         f"{receipt.model}: {receipt.width} x {receipt.height}, {receipt.num_inference_steps} steps, {receipt.dtype} on"
-        f" {results['environment']['hardware']}; {', '.join(receipt.accelerations) or 'no accelerations'};"
+        f" {results['environment']['hardware']}; {_accelerations(results['batches'])};"
         f" {arguments.num_trials} trials after {arguments.num_warmup} unmeasured; loading {load_s:.1f} s"
     )
     print(_table(results["batches"]))
@@ -111,6 +116,7 @@ def _measure(
     row = {
         "batch_size": batch_size,
         "num_outputs": num_outputs,
+        "accelerations": list(receipt.accelerations),  # a larger batch may have fallen back
         "seconds": times["batch"],
         **dataclasses.asdict(summary),
         "outputs_per_s": num_outputs / summary.median_s,
@@ -119,6 +125,14 @@ def _measure(
         "peak_memory_bytes": max(output.metrics.peak_memory_bytes for output in outputs),
     }
     return row, receipt
+
+
+def _accelerations(rows: Sequence[dict[str, Any]]) -> str:
+    """What accelerated the batches: once if it was the same for all, else for each."""
+    texts = [", ".join(row["accelerations"]) or "no accelerations" for row in rows]
+    if len(set(texts)) == 1:
+        return texts[0]
+    return "; ".join(f"batch {row['batch_size']}: {text}" for row, text in zip(rows, texts, strict=True))
 
 
 def _prompt(arguments: argparse.Namespace) -> OmniPrompt:

@@ -16,7 +16,7 @@ from vllm_omni.benchmarks import load_report
 from vllm_omni.benchmarks.load import RequestError, RequestGroup, RequestSample, plan_requests, run_load
 from vllm_omni.benchmarks.load_client import TASKS, LoadClient, plain_picture
 from vllm_omni.benchmarks.timing import write_json
-from vllm_omni.entrypoints.cli.arguments import count, count_or_zero, read_picture
+from vllm_omni.entrypoints.cli.arguments import check_writable, count, count_or_zero, read_picture
 from vllm_omni.errors import InvalidRequestError, OmniError
 
 _PROMPTS = (
@@ -86,6 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Carry the command out. Raises ``LoadFailedError`` if no request got a result."""
+    for option, path in (("output-json", arguments.output_json), ("output-svg", arguments.output_svg)):
+        if path is not None:
+            check_writable(option, path)
     groups = [_with_objective(group, arguments.slo_s) for group in arguments.mix or [_group("1:task=generate")]]
     client = _client(arguments)
     planned = plan_requests(groups, arguments.num_prompts, arguments.request_rate, arguments.burstiness, arguments.seed)
@@ -157,7 +160,6 @@ def _write(
     }
     write_json(arguments.output_json, results)
     if arguments.output_svg is not None:
-        arguments.output_svg.parent.mkdir(parents=True, exist_ok=True)
         arguments.output_svg.write_text(load_report.plot_svg(samples, groups, title), encoding="utf-8")
 
 

@@ -18,6 +18,7 @@ from vllm_omni.diffusion.engine.configure import configure
 from vllm_omni.entrypoints.cli.arguments import (
     add_engine_arguments,
     add_sampling_arguments,
+    check_writable,
     count,
     count_or_zero,
     engine_values,
@@ -80,6 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
             "load_format='dummy': two engines have the same weights only if they read them from files; leave it out",
             option="load_format",
         )
+    check_writable("output-dir", arguments.output_dir / "report.html")
     given = {"seed": 0, **sampling_values(vars(arguments))}
     config = configure(choose_model(arguments.model, None), options)
     workload = Workload(
@@ -137,6 +139,7 @@ def _results(
         "device": config.device,
         "dtype": config.dtype,
         "isolated": isolated,
+        "options": dict(workload.options),
         "num_warmup": workload.num_warmup,
         "num_trials": workload.num_trials,
         "prompts": [{**call.texts, "parameters": _plain(call.parameters), "seeds": list(call.seeds)} for call in calls],

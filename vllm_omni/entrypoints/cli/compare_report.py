@@ -151,6 +151,7 @@ def _settings(results: Results) -> list[list[str]]:
     surroundings = results["environment"]
     rows = [["model", results["model"]], ["pipeline", results["pipeline"]]]
     rows += [["device", f"{results['device']} ({surroundings['hardware']})"], ["dtype", results["dtype"]]]
+    rows += [[name, str(value)] for name, value in results["options"].items()]
     shared = results["prompts"][0]["parameters"]
     rows += [[name, str(value)] for name, value in shared.items()]
     rows += [["guidance", results["engines"]["vllm-omni"]["guidance"]]]
