@@ -109,4 +109,7 @@ def copy_weight(target: torch.Tensor, loaded: torch.Tensor) -> None:
     """Copy with conversion of dtype and device. Raises ``ValueError`` if the shapes differ."""
     if target.shape != loaded.shape:
         raise ValueError(f"shape {list(loaded.shape)} does not fit {list(target.shape)}")
+    if target.is_cuda and loaded.device.type == "cpu" and not loaded.is_pinned():
+        # A part of a mapped file: all threads read it into memory that the GPU can copy from by itself.
+        loaded = torch.empty(loaded.shape, dtype=loaded.dtype, device="cpu", pin_memory=True).copy_(loaded)
     target.data.copy_(loaded)

@@ -108,7 +108,9 @@ class DiffusersPipelineLoader:
         files = [(source, path) for source in sources for path in source.files()]
         total = total_size(path for _, path in files)
         done = 0
-        device = torch.device("cpu") if self.od_config.parallel_config.use_hsdp else self.od_config.torch_device
+        # Layers that are shared by ranks take their parts out of the mapped file: reading ahead would read it all.
+        is_cut = self.od_config.parallel_config.use_hsdp or current_groups().tp.size > 1
+        device = torch.device("cpu") if is_cut else self.od_config.torch_device
         for source, path in files:
             for name, tensor in iterate_weights([path], device):
                 yield source.prefix + name, tensor
