@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -51,40 +53,91 @@ def test_values_of_runs_of_tokens_become_values_of_this_ranks_runs(total, groups
         assert torch.equal(runs.repeat_interleave(run, 1)[0], per_token[0, tokens[0]])
 
 
-def test_a_sequence_of_another_length_or_of_too_few_tokens_is_refused():
+def test_a_sequence_of_another_length_is_refused():
     forward = forwards(2)[0]
     forward.split(torch.zeros(1, 8), 1, "first")
     with pytest.raises(ValueError, match=r"second has length 7 along dimension 1.*has 8 tokens"):
         forward.split(torch.zeros(1, 7), 1, "second")
-    with pytest.raises(ValueError, match=r"x has 3 tokens, fewer than the 4 ranks"):
-        forwards(4)[0].split(torch.zeros(1, 3), 1, "x")
 
 
-INPUT = SequenceParallelInput(split_dim=1, expected_dims=3)
+@pytest.mark.parametrize("total", [1, 2, 3])
+def test_a_sequence_of_fewer_tokens_than_ranks_stays_whole_on_each(total):
+    for forward in forwards(4):
+        tokens, positions = torch.rand(1, total), torch.rand(1, total + 2)
+        assert forward.split(tokens, 1, "tokens") is tokens
+        assert torch.equal(forward.split_after_text(positions, 1, 2, "positions"), positions)
+        assert forward.gather(tokens, 1) is tokens
+
+
+INPUT = SequenceParallelInput(1, 3)
+GATHER = {"proj_out": SequenceParallelOutput(1)}
 
 
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ({"blockz.0": {"hidden_states": INPUT}}, r"names 'blockz\.0', which it has no module of"),
-        ({"empty.*": {"hidden_states": INPUT}}, r"names 'empty\.\*', which matches no module"),
-        ({"blocks.*": {"hidden": INPUT}}, r"names 'hidden', which is no parameter of ToyBlock\.forward; it has hidden"),
-        ({"": {"hidden_states": SequenceParallelInput(split_dim=3, expected_dims=3)}}, "dimension 3 does not exist"),
-        ({"proj_out": SequenceParallelOutput(gather_dim=4, expected_dims=3)}, "dimension 4 does not exist"),
-        ({"proj_in": {"x": SequenceParallelInput(split_dim=1, split_output=True)}}, "must be the index of an output"),
+        ({"blockz.0": {"hidden_states": INPUT}, **GATHER}, r"names 'blockz\.0', which it has no module of"),
+        ({"empty.*": {"hidden_states": INPUT}, **GATHER}, r"names 'empty\.\*', which matches no module"),
         (
-            {"": {"hidden_states": SequenceParallelPartialInput(split_dim=1, text_len_source="nowhere")}},
+            {"blocks.*": {"hidden": INPUT}, **GATHER},
+            r"names 'hidden', which is no parameter of ToyBlock\.forward; it has hidden",
+        ),
+        (
+            {"": {"hidden_states": SequenceParallelInput(split_dim=3, expected_dims=3)}, **GATHER},
+            "dimension 3 does not exist",
+        ),
+        (
+            {"": {"hidden_states": INPUT}, "proj_out": SequenceParallelOutput(gather_dim=4, expected_dims=3)},
+            "dimension 4 does not exist",
+        ),
+        (
+            {"proj_in": {"x": SequenceParallelInput(split_dim=1, split_output=True)}, **GATHER},
+            "must be the index of an output",
+        ),
+        (
+            {"": {"hidden_states": INPUT}, "proj_out": {"x": SequenceParallelOutput(1)}},
+            "'x' is changed where it comes out, so it must be the index of an output",
+        ),
+        ({"": {"hidden_states": SequenceParallelInput("1")}, **GATHER}, "dimension '1' must be an integer"),
+        (
+            {"": {"hidden_states": SequenceParallelPartialInput(1, -3)}, **GATHER},
+            "text_len_source -3 must be a number of at least 0",
+        ),
+        ({"loose": {"args": INPUT}, **GATHER}, r"Loose\.forward takes \*args, which have no names"),
+        (GATHER, "has no SequenceParallelInput: it must say where the sequence is split"),
+        ({"": {"hidden_states": INPUT}}, "has no SequenceParallelOutput"),
+        (
+            {"": {"hidden_states": SequenceParallelPartialInput(split_dim=1, text_len_source="nowhere")}, **GATHER},
             "text_len_source='nowhere' is a parameter of neither",
         ),
-        ({"": {"hidden_states": 1}}, "must be one of SequenceParallelInput"),
+        ({"": {"hidden_states": 1}, **GATHER}, "must be one of SequenceParallelInput"),
     ],
 )
 def test_a_plan_that_names_what_is_not_there_is_refused_at_start(plan, message):
+    class Loose(nn.Module):
+        def forward(self, *args):
+            return args
+
     class Planned(ToyTransformer):
         _sp_plan = plan
 
+    planned = Planned()
+    planned.loose = Loose()
     with pytest.raises(InvalidConfigError, match=message):
-        check_sequence_plans(nn.ModuleList([Planned()]))
+        check_sequence_plans(nn.ModuleList([planned]))
+
+
+def test_an_argument_that_a_module_takes_among_others_may_be_named():
+    class Open(nn.Module):
+        def forward(self, **kwargs):
+            return kwargs
+
+    class Planned(ToyTransformer):
+        _sp_plan: ClassVar = {"open": {"hidden_states": INPUT}, **GATHER}
+
+    planned = Planned()
+    planned.open = Open()
+    check_sequence_plans(nn.ModuleList([planned]))
 
 
 def test_a_pipeline_without_a_plan_is_refused():

@@ -11,7 +11,7 @@ A transformer declares it in ``_sp_plan``; nothing in its code knows of ranks::
 Keys name modules: ``""`` is the transformer, ``"blocks.*"`` every block of a list. Keys of the inner dict name
 parameters of the module's forward, or count its outputs where ``split_output`` is set. A forward splits one sequence;
 text that goes with it is on every rank, before the sequence. Lengths need not divide: the first ranks have one token
-more, and nothing is padded.
+more, and nothing is padded. A sequence of fewer tokens than ranks is not split: each computes it as a whole.
 
 Shapes: S tokens of the sequence, P ranks, ``...`` anything.
 """
@@ -33,7 +33,7 @@ from vllm_omni.diffusion.distributed.collectives import all_gather_along
 from vllm_omni.diffusion.distributed.groups import ParallelGroups, RankGroup
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SequenceParallelInput:
     """A tensor that is split along ``split_dim``, an argument of the module or, with ``split_output``, an output of it.
 
@@ -47,7 +47,7 @@ class SequenceParallelInput:
     auto_pad: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SequenceParallelPartialInput:
     """As :class:`SequenceParallelInput`, for a tensor that begins with text tokens, which every rank keeps.
 
@@ -61,7 +61,7 @@ class SequenceParallelPartialInput:
     split_output: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SequenceParallelOutput:
     """An output of the module that is put together again along ``gather_dim``."""
 
@@ -91,7 +91,8 @@ class ShardedForward:
         self.groups = groups
         self.arguments = arguments
         self.used_backends = used_backends
-        self.total: int | None = None  # S
+        self.total: int | None = None  # S, once a sequence is split
+        self.is_short = False  # fewer tokens than ranks
 
     @property
     def group(self) -> RankGroup:
@@ -117,11 +118,12 @@ class ShardedForward:
         runs of tokens: it comes back with one for each run of this rank, all of the same length again.
         """
         length = x.shape[dim]
-        if length == 1 and self.total != 1:
+        if length == 1 or self.is_short:
             return x
         if self.total is None:
             if length < self.group.size:
-                raise ValueError(f"{name} has {length} tokens, fewer than the {self.group.size} ranks that split them")
+                self.is_short = True
+                return x
             self.total = length
         start, stop = self.bounds
         if length == self.total:
@@ -146,6 +148,8 @@ class ShardedForward:
 
     def gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """``[..., S_rank, ...] -> [..., S, ...]``."""
+        if self.total is None:
+            return x
         return all_gather_along(x, dim, self.lengths, self.group)
 
 

@@ -59,6 +59,13 @@ def modules_of(transformer: nn.Module, path: str) -> Iterator[nn.Module]:
 
 def _check_plan(transformer: nn.Module, plan: SequenceParallelPlan) -> None:
     name = type(transformer).__name__
+    kinds = {isinstance(entry, SequenceParallelOutput) for part in plan.values() for _, entry in entries_of(part)}
+    if kinds != {True, False}:
+        lacking = "SequenceParallelInput" if False not in kinds else "SequenceParallelOutput"
+        raise InvalidConfigError(
+            f"{name}._sp_plan has no {lacking}: it must say where the sequence is split, and where it is whole again",
+            option=_OPTION,
+        )
     for path, entries in plan.items():
         try:
             modules = list(modules_of(transformer, path))
@@ -91,6 +98,14 @@ def _check_entry(name: str, path: str, key: str | int, entry: Any) -> None:
             option=_OPTION,
         )
     dim = entry.gather_dim if isinstance(entry, SequenceParallelOutput) else entry.split_dim
+    text = getattr(entry, "text_len_source", 0)
+    for field, value in (("dimension", dim), ("text_len_source", 0 if isinstance(text, str) else text)):
+        if isinstance(value, bool) or not isinstance(value, int) or (field != "dimension" and value < 0):
+            raise InvalidConfigError(
+                f"{name}._sp_plan[{path!r}][{key!r}]: {field} {value!r} must be"
+                f" {'an integer' if field == 'dimension' else 'a number of at least 0, or the name of a parameter'}",
+                option=_OPTION,
+            )
     if entry.expected_dims is not None and not -entry.expected_dims <= dim < entry.expected_dims:
         raise InvalidConfigError(
             f"{name}._sp_plan[{path!r}][{key!r}]: dimension {dim} does not exist in a tensor of"
@@ -101,21 +116,27 @@ def _check_entry(name: str, path: str, key: str | int, entry: Any) -> None:
 
 def _check_key(name: str, path: str, key: str | int, entry: Any, transformer: nn.Module, module: nn.Module) -> None:
     parameters = parameter_names(module)
-    if isinstance(entry, SequenceParallelOutput):
-        return
-    if entry.split_output:
-        if not isinstance(key, int):
+    kinds = {parameter.kind for parameter in inspect.signature(type(module).forward).parameters.values()}
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        raise InvalidConfigError(
+            f"{name}._sp_plan[{path!r}]: {type(module).__name__}.forward takes *args, which have no names; write its"
+            " parameters out",
+            option=_OPTION,
+        )
+    if isinstance(entry, SequenceParallelOutput) or entry.split_output:
+        if isinstance(key, bool) or not isinstance(key, int):
             raise InvalidConfigError(
-                f"{name}._sp_plan[{path!r}]: {key!r} has split_output=True, so it must be the index of an output",
+                f"{name}._sp_plan[{path!r}]: {key!r} is changed where it comes out, so it must be the index of an"
+                " output",
                 option=_OPTION,
             )
-    elif key not in parameters:
+    elif key not in parameters and not (isinstance(key, str) and inspect.Parameter.VAR_KEYWORD in kinds):
         raise InvalidConfigError(
             f"{name}._sp_plan[{path!r}] names {key!r}, which is no parameter of {type(module).__name__}.forward; it"
             f" has {', '.join(parameters)}",
             option=_OPTION,
         )
-    source = getattr(entry, "text_len_source", 0)
+    source = getattr(entry, "text_len_source", 0)  # outputs have none
     if isinstance(source, str) and source not in (*parameters, *parameter_names(transformer)):
         raise InvalidConfigError(
             f"{name}._sp_plan[{path!r}][{key!r}]: text_len_source={source!r} is a parameter of neither"
