@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from vllm_omni import Omni, OmniDiffusionSamplingParams
+from vllm_omni.diffusion.engine import mp_executor
+from vllm_omni.diffusion.engine.rank_pool import RankPool
 from vllm_omni.diffusion.registry import register_diffusion_model
 from vllm_omni.errors import GenerationError, InvalidRequestError, RankFailureError
 
@@ -88,11 +90,52 @@ def test_a_rank_that_is_stopped_is_named_and_the_next_request_succeeds(omni, exp
 
 
 @pytest.mark.parallel
-def test_a_rank_that_is_killed_at_rest_costs_one_call(omni, expected):
-    os.kill(pids(omni)[1], signal.SIGKILL)
-    with pytest.raises(GenerationError, match="rank 1 of 2 was killed by SIGKILL"):
-        omni.generate("a red circle", params())
+def test_a_rank_that_is_killed_at_rest_costs_no_request(omni, expected):
+    old = pids(omni)
+    os.kill(old[1], signal.SIGKILL)
+    deadline = time.monotonic() + 5  # its threads end one by one
+    while omni._engine._executor._pool.death() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert_serves(omni, expected)
+    assert not set(pids(omni)) & set(old)
+
+
+@pytest.mark.parallel
+def test_ranks_start_again_without_waiting_for_a_request(omni, expected):
+    with pytest.raises(GenerationError, match="rank 1 of 2 was killed"):
+        omni.generate("die 1", params())
+    executor = omni._engine._executor
+    deadline = time.monotonic() + 30
+    while not executor.is_ready and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert executor.is_ready
+    assert_serves(omni, expected)
+
+
+@pytest.mark.parallel
+def test_a_replica_of_one_rank_that_hangs_is_named_though_no_rank_waits_for_it(omni):
+    with Omni(omni._engine.od_config.model, device="cpu", data_parallel_size=2) as replicas:
+        started = time.monotonic()
+        with pytest.raises(GenerationError, match=r"rank 0 of 2 hangs") as caught:
+            replicas.generate(["hang 0", "a red circle"], params())
+        assert time.monotonic() - started < 10
+        assert caught.value.outputs[1].finished
+
+
+@pytest.mark.parametrize("limit", ["_SILENT_START_S", "_SILENT_LOAD_S"])
+def test_a_rank_that_is_stopped_while_it_starts_is_named(qwen_folder, monkeypatch, limit):
+    def stop(rank):
+        if rank.number == 1:
+            os.kill(rank.handle.pid, signal.SIGSTOP)
+            rank.has_beaten = limit == "_SILENT_LOAD_S"
+        return rank
+
+    start = RankPool._start
+    monkeypatch.setattr(RankPool, "_start", lambda *args: map(stop, start(*args)))
+    monkeypatch.setattr(mp_executor, limit, 1.0)
+    with pytest.raises(RankFailureError, match=r"rank [01] of 2 has given no sign of life for 1 s while it"):
+        Omni(str(qwen_folder), device="cpu", ulysses_degree=2)
 
 
 def test_a_request_that_is_wrong_on_all_ranks_alike_restarts_nothing(omni, expected):
@@ -137,20 +180,22 @@ def gone_within(processes, seconds: float) -> bool:
 
 
 SCRIPT = """
-import sys, time
+import sys
 from vllm_omni import Omni, OmniDiffusionSamplingParams
-omni = Omni(device="cpu", cfg_parallel_size=2)
-print(*omni._engine._executor.pids, flush=True)
+omni = Omni(device="cpu", **{sys.argv[1]: 2})
+executor = omni._engine._executor
+print(*[pid for each in getattr(executor, "replicas", [executor]) for pid in each.pids], flush=True)
 params = OmniDiffusionSamplingParams(height=64, width=64, num_inference_steps=10_000)
 omni.generate("a red circle", params, progress=lambda event: event.step == 1 and print("begun", flush=True))
 """
 
 
 @pytest.fixture
-def running():
+def running(request):
     """A script in the middle of a generation on two ranks, and the ranks' process ids."""
+    option = getattr(request, "param", "cfg_parallel_size")
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT)],
+        [sys.executable, "-c", textwrap.dedent(SCRIPT), option],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -177,6 +222,18 @@ def test_an_interrupt_ends_everything_and_leaves_nothing(running):
     assert "rank_process" not in stderr, "the ranks left the interrupt to the engine"
     assert gone_within(ranks, 1)
     assert set(os.listdir("/dev/shm")) <= before  # noqa: PTH208
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("running", ["cfg_parallel_size", "data_parallel_size"], indirect=True)
+def test_an_interrupt_waits_for_no_step(running):
+    process, ranks = running
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=5)
+    assert "KeyboardInterrupt" in stderr
+    assert gone_within(ranks, 1)
 
 
 @pytest.mark.parallel

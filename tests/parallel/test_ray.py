@@ -58,9 +58,8 @@ def test_ranks_on_two_nodes_share_a_model_and_start_again_after_one_was_killed(c
         pids = omni._engine._executor.pids
         groups = [group for group in cluster.util.placement_group_table().values() if group["state"] == "CREATED"]
         assert len(set(groups[0]["bundles_to_node_id"].values())) == 2
-        os.kill(pids[1], signal.SIGKILL)
         with pytest.raises(GenerationError, match="rank 1 of 2 ended: ActorDiedError") as caught:
-            omni.generate(PROMPTS, PARAMS)
+            omni.generate(PROMPTS, PARAMS, progress=lambda event: os.kill(pids[1], signal.SIGKILL))
         assert isinstance(caught.value.outputs[0].error, RankFailureError)
         assert_generates(omni, expected)
         pids += omni._engine._executor.pids

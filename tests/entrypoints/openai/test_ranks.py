@@ -88,8 +88,12 @@ def test_a_server_whose_ranks_are_given_up_says_so(qwen_folder):
     ):
         executor = omni.engine._executor
         executor._num_restarts = 3
+        sender = Sender(server)
+        sender.send("first")
+        server.wait_until(lambda: server.call("GET", "/v1/requests/first")[2]["step"])
         os.kill(executor.pids[0], signal.SIGKILL)
-        first, second = (server.call("POST", "/v1/images/generations", LONG)[2]["error"] for _ in range(2))
+        first = sender.wait()["first"][2]["error"]
+        second = server.call("POST", "/v1/images/generations", LONG)[2]["error"]
         assert first["message"].startswith("rank 0 of 2 was killed by SIGKILL")
         assert "4 times in a row" in second["message"]
         assert "send it again" not in second["message"]

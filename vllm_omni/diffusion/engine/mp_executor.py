@@ -1,18 +1,27 @@
-"""Ranks in processes of their own. A rank that dies, hangs or falls out of step ends the others; all start anew."""
+"""Ranks in processes of their own. A rank that dies, hangs or falls out of step ends the others; all start anew.
+
+What is said to the ranks and heard of them is on threads of its own: an interrupt of the main thread leaves no message
+half read, and waits for no step.
+"""
 
 from __future__ import annotations
 
 import copy
+import threading
 import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.layout import ParallelLayout
+from vllm_omni.diffusion.engine.background import Turns
 from vllm_omni.diffusion.engine.rank_pool import Rank, RankPool
 from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
 from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerResult
 from vllm_omni.diffusion.worker.rank_messages import LoadReport, RankReady, RankReply
-from vllm_omni.errors import RankFailureError, first_line
+from vllm_omni.errors import EngineClosedError, RankFailureError, first_line
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -22,7 +31,10 @@ _POLL_S = 0.1
 # in processes of their own for a while.
 _STALL_S = 6.0
 _STALL_WHILE_COMPILING_S = 60.0
-_ALL_STALLED = 5  # times as long, where no rank says that it waits for the others
+_ALL_STALLED = 1.4  # times as long, where no rank says that it waits for the others
+# Without a sign of life of a rank that starts: until the first, and from one to the next.
+_SILENT_START_S = 120.0
+_SILENT_LOAD_S = 30.0
 # Ranks whose steps are the same answer within moments of each other once one of them has failed.
 _GRACE_S = 3.0
 _MAX_RESTARTS = 3  # in a row, without a finished request between them
@@ -43,12 +55,15 @@ class MultiprocessExecutor:
         self._config, self._layout, self._first_device = od_config, layout, first_device
         self._on_load_progress = on_load_progress
         self._stall_s = _STALL_S if od_config.enforce_eager else _STALL_WHILE_COMPILING_S
+        self._turns = Turns()
+        self._closing = threading.Event()
         self._number = 0  # of the last command
         self._in_flight: dict[str, None] = {}
         self._num_restarts = 0
         self._restart_at = 0.0
         self._end: RankFailureError | None = None  # why there will be no other start
         self._pool: RankPool | None = None
+        self._is_ready = False
         self._start()
         self._await_ready()
 
@@ -61,16 +76,44 @@ class MultiprocessExecutor:
         return self._end is None
 
     @property
+    def is_ready(self) -> bool:
+        """Whether a command would begin at once; False while the ranks start again."""
+        return self._is_ready
+
+    @property
     def pids(self) -> list[int]:
         """Process ids of the ranks."""
         return [] if self._pool is None else [rank.handle.pid for rank in self._pool.ranks]
 
     def execute(self, command: WorkerCommand) -> WorkerResult:
-        """Run a command on all ranks. A failed rank is an error of every request in progress."""
-        self._in_flight.update((request.request_id, None) for request in command.prepare)
+        """Run a command on all ranks. A failed rank is an error of every request in progress.
+
+        Nothing comes of a command that only releases, and nobody waits for it: after an interrupt, the ranks may have
+        a long step to finish.
+        """
+        running = self.begin(command)
+        return WorkerResult() if command.only_releases else running.result()
+
+    def begin(self, command: WorkerCommand) -> Future[WorkerResult]:
+        """The result to come of a command, which runs after those that have begun."""
+        return self._turns.begin(self._execute, command)
+
+    def close(self) -> None:
+        self._closing.set()
+        self._turns.wait(1.0)
+        self._drop_pool(gently=True)
+
+    def _execute(self, command: WorkerCommand) -> WorkerResult:
+        result = WorkerResult()
         try:
-            self._recover()
-            result = self._run(self._require_pool(), command)
+            if not self._in_flight:
+                self._replace_dead()
+            self._in_flight.update((request.request_id, None) for request in command.prepare)
+            if not command.only_releases:
+                self._recover()
+                result = self._run(self._require_pool(), command)
+            elif self._is_ready:
+                self._say(self._require_pool(), command)
         except RankFailureError as failure:
             result = self._lost(failure)
         for request_id in (*command.release, *result.finished, *result.errors):
@@ -79,28 +122,37 @@ class MultiprocessExecutor:
             self._num_restarts = 0
         return result
 
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+    def _replace_dead(self) -> None:
+        """Ranks that died while they had nothing to do cost no request."""
+        death = self._pool.death() if self._is_ready and self._pool is not None else None
+        if death is not None:
+            self._lost(death)
 
     def _require_pool(self) -> RankPool:
         assert self._pool is not None, "the engine gives a closed executor no commands"
         return self._pool
 
-    def _run(self, pool: RankPool, command: WorkerCommand) -> WorkerResult:
+    def _say(self, pool: RankPool, command: WorkerCommand) -> None:
         self._number += 1
         pool.broadcast((self._number, command))
+
+    def _hear(self, pool: RankPool, hear: Callable[[Rank, Any], None]) -> None:
+        if self._closing.is_set():
+            raise EngineClosedError("the engine was closed")
+        pool.receive(_POLL_S, hear)
+
+    def _run(self, pool: RankPool, command: WorkerCommand) -> WorkerResult:
+        self._say(pool, command)
         replies: dict[int, RankReply] = {}
         began, failed_at = time.monotonic(), float("inf")
 
         def hear(rank: Rank, value: Any) -> None:
-            # An interrupt may have left replies to an earlier command.
+            # Nobody has waited for the replies to a command that only released.
             if isinstance(value, RankReply) and value.number == self._number:
                 replies[rank.number] = value
 
         while len(replies) < len(pool.ranks):
-            pool.receive(_POLL_S, hear)
+            self._hear(pool, hear)
             now = time.monotonic()
             if any(reply.failed or reply.error is not None for reply in replies.values()):
                 failed_at = min(failed_at, now)
@@ -136,12 +188,11 @@ class MultiprocessExecutor:
 
     def _lost(self, failure: RankFailureError) -> WorkerResult:
         """Every request in progress fails, and the ranks start anew."""
-        logger.error("%s; %d requests are lost", failure, len(self._in_flight))
-        if self._pool is not None:
-            self._pool.close(gently=False)
-            self._pool = None
-        errors: dict[str, Exception] = {request_id: copy.copy(failure) for request_id in self._in_flight}
+        if self._closing.is_set():
+            raise EngineClosedError("the engine was closed") from failure
         if self._end is None:
+            logger.error("%s; %d requests are lost", failure, len(self._in_flight))
+            self._drop_pool()
             if self._num_restarts >= _MAX_RESTARTS:
                 self._end = RankFailureError(
                     f"the ranks failed {self._num_restarts + 1} times in a row and are not started again: find the"
@@ -150,31 +201,49 @@ class MultiprocessExecutor:
                     detail=str(failure),
                     is_final=True,
                 )
+                logger.error("%s", self._end)
             else:
                 self._restart_at = time.monotonic() + _BACKOFF_S[self._num_restarts]
                 self._num_restarts += 1
-                if self._restart_at <= time.monotonic():
-                    self._start()
-        return WorkerResult(errors=errors)
+                self._turns.begin(self._start_again)
+        return WorkerResult(errors={request_id: copy.copy(failure) for request_id in self._in_flight})
+
+    def _start_again(self) -> None:
+        """Without a command that waits for it."""
+        try:
+            self._recover()
+        except RankFailureError as failure:
+            self._lost(failure)
 
     def _start(self) -> None:
-        self._pool, self._is_ready = _new_pool(self._config, self._layout, self._first_device), False
+        self._pool = _new_pool(self._config, self._layout, self._first_device)
+        # When the interpreter ends, before it kills the ranks: their end is no failure then.
+        self._at_exit = weakref.finalize(self, self._closing.set)
+        if self._closing.is_set():
+            self._drop_pool()
+            raise EngineClosedError("the engine was closed")
+
+    def _drop_pool(self, *, gently: bool = False) -> None:
+        pool, self._pool, self._is_ready = self._pool, None, False
+        if pool is not None:
+            self._at_exit.detach()
+            pool.close(gently=gently)
 
     def _recover(self) -> None:
         """Have ranks that are ready. Raises ``RankFailureError`` if they cannot be had."""
         if self._end is not None:
             raise self._end
-        if self._pool is None:
-            time.sleep(max(0.0, self._restart_at - time.monotonic()))
+        if self._is_ready:
+            return
+        self._closing.wait(max(0.0, self._restart_at - time.monotonic()))
+        try:
             self._start()
-        if not self._is_ready:
-            try:
-                self._await_ready()
-            except RankFailureError:
-                raise
-            except Exception as error:
-                detail = f"{type(error).__name__}: {first_line(error)}"
-                raise RankFailureError("the ranks could not be started again", rank=0, detail=detail) from error
+            self._await_ready()
+        except (RankFailureError, EngineClosedError):
+            raise
+        except Exception as error:
+            detail = f"{type(error).__name__}: {first_line(error)}"
+            raise RankFailureError("the ranks could not be started again", rank=0, detail=detail) from error
 
     def _await_ready(self) -> None:
         """Wait until every rank has loaded its part. Raises what one of them met."""
@@ -192,14 +261,22 @@ class MultiprocessExecutor:
 
         try:
             while len(ready) < len(pool.ranks):
-                pool.receive(_POLL_S, hear)
+                self._hear(pool, hear)
                 if errors:
                     raise errors[0]
+                _check_silent(pool, ready)
         except BaseException:
-            pool.close(gently=False)
-            self._pool = None
+            self._drop_pool()
             raise
         self._is_ready = True
+
+
+def _check_silent(pool: RankPool, ready: set[int]) -> None:
+    """Raises ``RankFailureError`` for a rank that starts and is not heard of."""
+    for rank in pool.ranks:
+        limit = _SILENT_LOAD_S if rank.has_beaten else _SILENT_START_S
+        if rank.number not in ready and time.monotonic() - rank.beat_time > limit:
+            raise pool.failure(rank, f"has given no sign of life for {limit:g} s while it started")
 
 
 def _new_pool(od_config: OmniDiffusionConfig, layout: ParallelLayout, first_device: int) -> RankPool:

@@ -54,6 +54,7 @@ class Rank:
     channel: Channel
     beat: RankBeat = field(default_factory=lambda: RankBeat(idle_s=0.0, waiting_for=None))
     beat_time: float = field(default_factory=time.monotonic)
+    has_beaten: bool = False
 
 
 class RankPool:
@@ -125,17 +126,23 @@ class RankPool:
                 raise self.failure(rank, rank.handle.why_gone() or "closed its channel") from None
             rank.beat_time = time.monotonic()
             if isinstance(value, RankBeat):
-                rank.beat = value
+                rank.beat, rank.has_beaten = value, True
             else:
                 hear(rank, value)
 
+    def death(self) -> RankFailureError | None:
+        """The error for a rank whose process has ended; None if all live."""
+        for rank in self.ranks:
+            gone = rank.handle.why_gone()
+            if gone is not None:
+                return self._error(rank, gone)
+        return None
+
     def failure(self, rank: Rank, cause: str, detail: str | None = None) -> RankFailureError:
         """The error for ``rank``; for another one, if that has died: then what ``rank`` says only follows from it."""
-        for other in self.ranks:
-            gone = other.handle.why_gone()
-            if gone is not None:
-                rank, cause, detail = other, gone, None
-                break
+        return self.death() or self._error(rank, cause, detail)
+
+    def _error(self, rank: Rank, cause: str, detail: str | None = None) -> RankFailureError:
         number = self._first + rank.number
         return RankFailureError(f"rank {number} of {self._total} {cause}", rank=number, detail=detail)
 

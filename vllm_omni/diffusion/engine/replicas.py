@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.layout import ParallelLayout
+from vllm_omni.diffusion.engine.background import in_background
 from vllm_omni.diffusion.engine.mp_executor import MultiprocessExecutor
 from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
 from vllm_omni.diffusion.worker.messages import MemoryUse, WorkerCommand, WorkerResult
@@ -19,10 +20,9 @@ class ReplicatedExecutor:
     def __init__(
         self, od_config: OmniDiffusionConfig, layout: ParallelLayout, on_load_progress: LoadProgress | None = None
     ) -> None:
-        self._threads = ThreadPoolExecutor(layout.data, thread_name_prefix="replica")
         self._place: dict[str, int] = {}  # of each request in progress
         starts = [
-            self._threads.submit(
+            in_background(
                 MultiprocessExecutor,
                 od_config,
                 layout,
@@ -31,34 +31,39 @@ class ReplicatedExecutor:
             )
             for replica in range(layout.data)
         ]
-        self.replicas = [start.result() for start in starts]
+        try:
+            self.replicas = [start.result() for start in starts]
+        except BaseException:
+            for start in starts:
+                start.add_done_callback(_close)
+            raise
 
     @property
     def is_alive(self) -> bool:
-        return all(replica.is_alive for replica in self.replicas)
+        return any(replica.is_alive for replica in self.replicas)
 
     def execute(self, command: WorkerCommand) -> WorkerResult:
         """Each replica carries out its part of the command, all at the same time."""
         loads = [replica.num_in_flight for replica in self.replicas]
         for request in command.prepare:
-            place = min(range(len(loads)), key=loads.__getitem__)
+            place = min(range(len(loads)), key=lambda place: (*self._hindrance(place), loads[place]))
             self._place[request.request_id] = place
             loads[place] += 1
         parts = [self._part(command, place) for place in range(len(self.replicas))]
-        running = [
-            self._threads.submit(replica.execute, part)
-            for replica, part in zip(self.replicas, parts, strict=True)
-            if not part.is_empty
-        ]
-        result = _merged([future.result() for future in running])
+        running = [replica.begin(part) for replica, part in zip(self.replicas, parts, strict=True) if not part.is_empty]
+        result = WorkerResult() if command.only_releases else _merged([future.result() for future in running])
         for request_id in (*command.release, *result.finished, *result.errors):
             self._place.pop(request_id, None)
         return result
 
     def close(self) -> None:
-        for replica in self.replicas:
-            replica.close()
-        self._threads.shutdown()
+        for closing in [in_background(replica.close) for replica in self.replicas]:
+            closing.result()
+
+    def _hindrance(self, place: int) -> tuple[bool, bool]:
+        """A replica that has failed for good gets no request, nor does one that starts again while another is ready."""
+        replica = self.replicas[place]
+        return not replica.is_alive, not replica.is_ready
 
     def _part(self, command: WorkerCommand, place: int) -> WorkerCommand:
         def here(request_ids: Sequence[str]) -> tuple[str, ...]:
@@ -71,6 +76,11 @@ class ReplicatedExecutor:
             decode=here(command.decode),
             step=here(command.step),
         )
+
+
+def _close(start: Future[MultiprocessExecutor]) -> None:
+    if start.exception() is None:
+        start.result().close()
 
 
 def _merged(results: Sequence[WorkerResult]) -> WorkerResult:

@@ -25,6 +25,11 @@ class WorkerCommand:
     def is_empty(self) -> bool:
         return not (self.release or self.prepare or self.decode or self.step)
 
+    @property
+    def only_releases(self) -> bool:
+        """Whether nothing comes of it."""
+        return not (self.prepare or self.decode or self.step)
+
 
 @dataclass(kw_only=True)
 class StageTimes:
