@@ -77,6 +77,7 @@ def config_of(model: FullSizeModel, layers: int | None) -> dict[str, Any]:
 def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
     from vllm_omni.diffusion.compile import apply_compile
     from vllm_omni.diffusion.cuda_graph import apply_cuda_graphs
+    from vllm_omni.diffusion.modulations import PreparedModulations, prepare_modulations
 
     inputs = on_device(MODELS[args.model].inputs(True, args.height, args.width), args.device)
     results: dict[str, Any] = {}
@@ -91,12 +92,51 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
         results[mode] = measured(args, f"vllm-omni-{mode}", forward)
         results[mode]["runs"] = [] if compiled is None else [compiled.describe()]
         results[mode]["runs"] += [] if graphs is None else graphs.describe()
+        prepare_modulations(transformer, od_config)
+        if isinstance(getattr(transformer, "stages", None), PreparedModulations):
+            name = f"{mode}, modulations prepared"
+            results[name] = with_prepared_modulations(args, name, transformer, inputs)
+            results[name]["saved_ms"] = results[mode]["ms"] - results[name]["ms"]
         del transformer, compiled, graphs, forward
         torch.compiler.reset()
         gc.collect()
         get_platform(torch.device(args.device)).empty_cache()
         get_platform(torch.device(args.device)).reset_peak_memory()
     return results
+
+
+def with_prepared_modulations(args: argparse.Namespace, name: str, transformer: Any, inputs: Inputs) -> dict[str, Any]:
+    """A forward whose modulations are known, and the milliseconds that it costs a request to know those of its steps.
+
+    They are divided by its steps in ``ms_with_share_of_N_steps``: what a step takes in truth.
+    """
+    from vllm_omni.diffusion.modulations import STEPS_AHEAD
+    from vllm_omni.diffusion.step_memory import ForwardRow, StepMemory, forward_rows
+
+    def at(step: int, num_steps: int, memory: StepMemory) -> Any:
+        timesteps = torch.linspace(1000, 20, num_steps, device=args.device)
+        return forward_rows([ForwardRow(memory, 0, 0, step, num_steps, timesteps)])
+
+    with at(0, 50, StepMemory()):
+        figures = measured(args, f"vllm-omni-{name}", functools.partial(transformer, **inputs))
+    for num_steps in (28, 50):
+        total_ms = 0.0
+        for step in range(0, num_steps, STEPS_AHEAD):
+            times_ms: dict[bool, list[float]] = {False: [], True: []}
+            for _ in range(4):
+                memory = StepMemory()
+                for is_known in (False, True):
+                    with exclusive(args.lock), at(step, num_steps, memory):
+                        synchronize(args.device)
+                        started = time.perf_counter()
+                        transformer.stages(**inputs)
+                        synchronize(args.device)
+                        times_ms[is_known].append(1000 * (time.perf_counter() - started))
+            total_ms += median(times_ms[False]) - median(times_ms[True])
+        figures[f"prepare_{num_steps}_steps_ms"] = total_ms
+        figures[f"ms_with_share_of_{num_steps}_steps"] = figures["ms"] + total_ms / num_steps
+    print(name, {key: round(value, 2) for key, value in figures.items()}, file=sys.stderr, flush=True)
+    return figures
 
 
 def built(args: argparse.Namespace, options: dict[str, Any]) -> tuple[Any, Any]:

@@ -38,7 +38,7 @@ LAYERS: list[tuple[str, ...]] = [
         "benchmarks",
     ),
     ("diffusion/models",),
-    ("diffusion/registry", "diffusion/cache", "diffusion/compile", "diffusion/cuda_graph"),
+    ("diffusion/registry", "diffusion/cache", "diffusion/compile", "diffusion/cuda_graph", "diffusion/modulations"),
     ("diffusion/worker",),
     ("diffusion/engine",),
     ("entrypoints",),

@@ -50,7 +50,7 @@ def denoise_step(
             state.latents = rows
             state.history = {name: values[index] for name, values in remembered.items()}
             state.step_index += 1
-            state.cache.commit_step()
+            state.cache.commit_step(is_last=state.is_done)
     return plan
 
 

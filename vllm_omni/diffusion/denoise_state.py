@@ -68,7 +68,7 @@ class DenoiseState:
     step_index: int = 0
     coefficients: torch.Tensor = field(init=False)  # [T, K], the sampler's
     history: History = field(init=False)  # the sampler's, [N, ...] each
-    cache: StepMemory = field(default_factory=StepMemory)  # a step cache's
+    cache: StepMemory = field(default_factory=StepMemory)  # a step cache's, and prepared modulations
 
     def __post_init__(self) -> None:
         assert len(self.step_conditions) in (0, self.num_steps), "step_conditions has one entry per step, or none"
@@ -85,9 +85,10 @@ class DenoiseState:
 
     @property
     def num_bytes(self) -> int:
-        """Of its tensors, but for what a step cache remembers."""
+        """Of its tensors and prepared modulations, but for what a step cache remembers."""
         conditions = [value for given in (*self.branches, *self.step_conditions) for value in given.values()]
-        tensors = [self.latents, *self.history.values(), *conditions]
+        modulations = [prepared.values for prepared in self.cache.modulations.values()]
+        tensors = [self.latents, *self.history.values(), *modulations, *conditions]
         by_id = {id(tensor): tensor for tensor in tensors if isinstance(tensor, torch.Tensor)}
         return sum(tensor.numel() * tensor.element_size() for tensor in by_id.values())
 

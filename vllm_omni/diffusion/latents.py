@@ -80,3 +80,11 @@ def unpack_latents(tokens: torch.Tensor, rows: int, columns: int, patch_size: in
     channels = features // patch_size**2
     patches = tokens.reshape(batch, rows, columns, channels, patch_size, patch_size)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, rows * patch_size, columns * patch_size)
+
+
+def unit_timestep(timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``timestep [B] in [0, 1000] -> [B] in [0, 1]``, rounded to ``dtype`` before the division.
+
+    So do the diffusers pipelines of Qwen-Image and FLUX.1.
+    """
+    return timestep.to(dtype) / 1000

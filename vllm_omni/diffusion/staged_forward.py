@@ -38,12 +38,27 @@ class BlockSpan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Conditioning:
+    """What the modulations of all blocks are computed from, ``compute(timestep, *others) -> [B, E]``.
+
+    Each row depends on its own row of ``timestep [B]`` and of ``others``, ``[B, ...]`` each, which are the same at all
+    steps of a request. The timestep is :func:`~vllm_omni.diffusion.latents.unit_timestep` of the request's.
+    """
+
+    compute: Callable[..., torch.Tensor]
+    others: RowInputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StagedForward:
     """One forward, whose first part is done.
 
     ``modulated_input()`` is the signal of TeaCache, ``[B, ...]``: what the first block computes with, after its
     modulation. ``output_tokens(streams)`` are the tokens of the last streams that the last part needs, and
     ``finish(tokens, row_inputs)`` is that part. ``runner`` runs blocks in another way than one after the other.
+
+    ``conditioning`` tells how the input of modulations, ``row_inputs[0]``, is made. Where that is a row of prepared
+    modulations of all blocks instead, ``block_parts`` are the features that each block takes of it.
     """
 
     streams: Streams
@@ -53,6 +68,8 @@ class StagedForward:
     output_tokens: Callable[[Streams], torch.Tensor]
     finish: Callable[[torch.Tensor, RowInputs], torch.Tensor]
     shared_inputs: SharedInputs = ()
+    conditioning: Conditioning | None = None
+    block_parts: tuple[slice, ...] | None = None
     runner: Callable[[StagedForward, Streams, RowInputs, int, int], Streams] | None = None
 
     @property
@@ -68,12 +85,22 @@ class StagedForward:
         """The streams before block ``stop``, from those before block ``start``, of any of the rows."""
         if self.runner is not None:
             return self.runner(self, streams, row_inputs, start, stop)
+        index = start
         for span, first, last in self._spans(start, stop):
             if first == 0 and span.enter is not None:
                 streams = span.enter(streams)
             for block in itertools.islice(span.blocks, first, last):
-                streams = span.call(block, streams, row_inputs, self.shared_inputs)
+                streams = span.call(block, streams, self._row_inputs_of(index, row_inputs), self.shared_inputs)
+                index += 1
         return streams
+
+    def _row_inputs_of(self, index: int, row_inputs: RowInputs) -> RowInputs:
+        """What block ``index`` is given."""
+        if self.block_parts is None:
+            return row_inputs
+        prepared, *others = row_inputs
+        assert prepared is not None, "it holds the parts"
+        return (prepared[:, self.block_parts[index]], *others)
 
     def pass_by(self, streams: Streams, start: int, stop: int) -> Streams:
         """The same streams in the form that they have before block ``stop``, as if no block changed them."""

@@ -1,4 +1,4 @@
-"""What a step cache remembers of a request, and how it learns whose rows a forward computes.
+"""What is remembered of a request between steps, and how a step cache learns whose rows a forward computes.
 
 :func:`~vllm_omni.diffusion.denoise.denoise_step` names the rows of each forward by :func:`forward_rows`; a cache that
 stands before a transformer reads them by :func:`current_forward_rows`. No model takes part in this.
@@ -8,14 +8,27 @@ Shapes: B rows of a forward, one per output of one branch of one request.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 # The transformer that a pipeline called, the branch, and the output within the request.
 _RowKey = tuple[str, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSteps:
+    """Modulations ``[K, P]`` of steps ``first`` to ``first + K``, those of all blocks one after the other."""
+
+    first: int
+    values: torch.Tensor
+
+    def holds(self, step_index: int) -> bool:
+        return self.first <= step_index < self.first + self.values.shape[0]
 
 
 @dataclass(slots=True)
@@ -24,6 +37,8 @@ class StepMemory:
 
     num_forwards: int = 0  # rows that passed a cache, over all steps, branches and outputs
     num_skipped: int = 0  # those of them whose blocks were skipped
+    # Of the steps ahead. They follow from the request alone, so a step that failed leaves nothing wrong in them.
+    modulations: dict[Hashable, PreparedSteps] = field(default_factory=dict)
     _entries: dict[_RowKey, Any] = field(default_factory=dict)
     _pending: dict[_RowKey, tuple[Any, bool]] = field(default_factory=dict)
 
@@ -31,8 +46,13 @@ class StepMemory:
         """Forget what a step that failed has left."""
         self._pending.clear()
 
-    def commit_step(self) -> None:
-        """Keep what the step learned. What it did not use, as of an expert that has had its steps, is let go."""
+    def commit_step(self, is_last: bool = False) -> None:
+        """Keep what the step learned. What it did not use, as of an expert that has had its steps, is let go.
+
+        The last step leaves no modulations: decoding needs the memory.
+        """
+        if is_last:
+            self.modulations.clear()
         self._entries = {key: entry for key, (entry, _) in self._pending.items()}
         self.num_forwards += len(self._pending)
         self.num_skipped += sum(skipped for _, skipped in self._pending.values())
@@ -55,6 +75,7 @@ class ForwardRow:
     output: int
     step_index: int
     num_steps: int
+    timesteps: torch.Tensor | None  # [T] of all steps, in [0, 1000]; None if other conditions change with the step too
 
     @property
     def is_last_step(self) -> bool:

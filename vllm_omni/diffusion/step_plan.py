@@ -52,7 +52,11 @@ class Rows:
 
     def forward_rows(self) -> list[ForwardRow]:
         state, outputs = self.state, range(self.start, self.stop)
-        return [ForwardRow(state.cache, self.branch, output, state.step_index, state.num_steps) for output in outputs]
+        timesteps = None if state.step_conditions else state.timesteps
+        return [
+            ForwardRow(state.cache, self.branch, output, state.step_index, state.num_steps, timesteps)
+            for output in outputs
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

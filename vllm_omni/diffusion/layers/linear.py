@@ -89,11 +89,19 @@ class ReplicatedLinear(LinearBase):
 class ModulationLinear(LinearBase):
     """The whole layer on every rank, over one row per picture: its time is that of reading the weight.
 
-    Quantization reaches its weight alone.
+    Quantization reaches its weight alone. Its output may be known before the forward: ``modulations.py`` prepares those
+    of a block's layers as one row, of which this layer's begins at ``prepared_at``.
     """
 
     def __init__(self, input_size: int, output_size: int, bias: bool = True) -> None:
         super().__init__(input_size, output_size, bias, SINGLE_RANK)
+        self.prepared_at = 0
+
+    def forward(self, x: torch.Tensor | PendingInput) -> torch.Tensor:
+        """``[B, I] -> [B, O]``; of a prepared row ``[B, P]``, which is never I wide, its part ``[B, O]``."""
+        if isinstance(x, torch.Tensor) and x.shape[-1] != self.input_size:
+            return x.narrow(-1, self.prepared_at, self.output_size)
+        return super().forward(x)
 
     def _choose_linear_method(self) -> LinearMethod:
         return current_linear_method(self.input_size, self.output_size, weights_only=True)

@@ -29,6 +29,7 @@ from vllm_omni.diffusion.latent_preview import LatentPreview, decoded_preview
 from vllm_omni.diffusion.layers.rope import QKNormRope
 from vllm_omni.diffusion.model_loader.components import fill_with_random_weights
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader, LoadProgress
+from vllm_omni.diffusion.modulations import prepare_modulations
 from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.step_plan import StepPlan
@@ -82,6 +83,7 @@ class ModelRunner:
         )
         self._compiled_blocks = apply_compile(self.pipeline, od_config)
         self._graphed_blocks = apply_cuda_graphs(self.pipeline, od_config)
+        prepare_modulations(self.pipeline, od_config)
         apply_cache(self.pipeline, od_config)
         for sharded in shard_weights(self.pipeline, od_config, self._groups):
             if od_config.load_format == "dummy":

@@ -35,7 +35,7 @@ from vllm_omni.diffusion.layers.linear import (
 )
 from vllm_omni.diffusion.layers.norm import RMSNorm, gated_residual
 from vllm_omni.diffusion.layers.rope import QKNormRope, rope_angles
-from vllm_omni.diffusion.staged_forward import BlockSpan, RowInputs, SharedInputs, StagedForward, Streams
+from vllm_omni.diffusion.staged_forward import BlockSpan, Conditioning, RowInputs, SharedInputs, StagedForward, Streams
 from vllm_omni.errors import InvalidModelFolderError
 
 _TIMESTEP_CHANNELS = 256
@@ -278,7 +278,8 @@ class FluxTransformer2DModel(nn.Module):
         rope = self.pos_embed(img_shapes, num_text, self.axes_dims_rope, hidden_states.device)
         image = self.x_embedder(hidden_states)
         text = self.context_embedder(encoder_hidden_states)
-        embedding = self.time_text_embed(timestep, guidance, pooled_projections)
+        embed = self.time_text_embed
+        embedding = embed(timestep, guidance, pooled_projections)
         conditioning = F.silu(embedding)
 
         def run_double(block: nn.Module, streams: Streams, row_inputs: RowInputs, rope: SharedInputs) -> Streams:
@@ -297,6 +298,9 @@ class FluxTransformer2DModel(nn.Module):
             streams=(image, text),
             row_inputs=(conditioning, embedding),
             shared_inputs=rope,
+            conditioning=Conditioning(
+                compute=lambda *inputs: F.silu(embed(*inputs)), others=(guidance, pooled_projections)
+            ),
             spans=(
                 BlockSpan(blocks=self.transformer_blocks, call=run_double),
                 BlockSpan(

@@ -23,7 +23,13 @@ from vllm_omni.diffusion.encoders.prompt_cache import PromptEmbedCache
 from vllm_omni.diffusion.encoders.t5 import encode_padded_prompt
 from vllm_omni.diffusion.encoders.vae import decode_scaled_latents
 from vllm_omni.diffusion.guidance import Guidance, classifier_free
-from vllm_omni.diffusion.latents import check_given_latents, initial_noise, pack_latents, unpack_latents
+from vllm_omni.diffusion.latents import (
+    check_given_latents,
+    initial_noise,
+    pack_latents,
+    unit_timestep,
+    unpack_latents,
+)
 from vllm_omni.diffusion.model_loader.components import load_autoencoder, load_text_encoder, load_tokenizer
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
 from vllm_omni.diffusion.model_loader.weights import AutoWeightsLoader
@@ -137,8 +143,7 @@ class FluxPipeline(nn.Module):
         """``latents [B, I, C], timestep [B] in [0, 1000] -> velocity [B, I, C]``."""
         prediction: torch.Tensor = self.transformer(
             hidden_states=latents.to(self.dtype),
-            # Rounded in the model's dtype before the division, as the checkpoint's pipeline does.
-            timestep=timestep.to(self.dtype) / 1000,
+            timestep=unit_timestep(timestep, self.dtype),
             **conditions,
         )
         return prediction

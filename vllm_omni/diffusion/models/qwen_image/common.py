@@ -18,7 +18,7 @@ from vllm_omni.diffusion.denoise import Conditions, DenoiseState
 from vllm_omni.diffusion.encoders.causal_conv import use_single_frame_convolutions
 from vllm_omni.diffusion.encoders.vae import decode_latents
 from vllm_omni.diffusion.guidance import CombineRule, Guidance, classifier_free_norm_preserving
-from vllm_omni.diffusion.latents import initial_noise, pack_latents, unpack_latents
+from vllm_omni.diffusion.latents import initial_noise, pack_latents, unit_timestep, unpack_latents
 from vllm_omni.diffusion.model_loader.components import load_autoencoder
 from vllm_omni.diffusion.model_loader.diffusers_loader import ComponentSource
 from vllm_omni.diffusion.models.qwen_image.qwen_image_transformer import QwenImageTransformer2DModel
@@ -183,8 +183,7 @@ def predict_velocity(
         hidden_states = torch.cat([hidden_states, image_latents], dim=1)
     prediction: torch.Tensor = transformer(
         hidden_states=hidden_states,
-        # Rounded in the model's dtype before the division, as the checkpoint's pipeline does.
-        timestep=timestep.to(dtype) / 1000,
+        timestep=unit_timestep(timestep, dtype),
         **inputs,
     )
     return prediction[:, : latents.shape[1]]

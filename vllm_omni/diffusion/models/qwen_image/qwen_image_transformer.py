@@ -30,7 +30,7 @@ from vllm_omni.diffusion.layers.joint_attention import JointAttention
 from vllm_omni.diffusion.layers.linear import ModulationLinear, ReplicatedLinear
 from vllm_omni.diffusion.layers.norm import RMSNorm, gated_residual
 from vllm_omni.diffusion.layers.rope import rope_angles
-from vllm_omni.diffusion.staged_forward import BlockSpan, RowInputs, SharedInputs, StagedForward, Streams
+from vllm_omni.diffusion.staged_forward import BlockSpan, Conditioning, RowInputs, SharedInputs, StagedForward, Streams
 from vllm_omni.errors import InvalidModelFolderError
 
 _TIMESTEP_CHANNELS = 256
@@ -286,12 +286,13 @@ class QwenImageTransformer2DModel(nn.Module):
         image = self.img_in(hidden_states)
         cos, sin, token_kinds = self.pos_embed(img_shapes, num_text, device)
         text = self.txt_in(self.txt_norm(encoder_hidden_states))
-        embedding = self.time_text_embed(timestep, guidance, additional_t_cond, image.dtype)
+        embed = functools.partial(self.time_text_embed, dtype=image.dtype)
+        embedding = embed(timestep, guidance, additional_t_cond)
         conditioning = F.silu(embedding)
         clean_conditioning, modulate_index = None, None
         if self.zero_cond_t:
-            clean = self.time_text_embed(torch.zeros_like(timestep), guidance, additional_t_cond, image.dtype)
-            clean_conditioning, modulate_index = F.silu(clean), token_kinds
+            clean_conditioning = F.silu(embed(torch.zeros_like(timestep), guidance, additional_t_cond))
+            modulate_index = token_kinds
 
         def run_block(block: nn.Module, streams: Streams, row_inputs: RowInputs, shared: SharedInputs) -> Streams:
             conditioning, _, attn_mask, clean_conditioning = row_inputs
@@ -308,6 +309,9 @@ class QwenImageTransformer2DModel(nn.Module):
             streams=(image, text),
             row_inputs=(conditioning, embedding, attn_mask, clean_conditioning),
             shared_inputs=(cos, sin, modulate_index),
+            conditioning=Conditioning(
+                compute=lambda *inputs: F.silu(embed(*inputs)), others=(guidance, additional_t_cond)
+            ),
             spans=(BlockSpan(blocks=self.transformer_blocks, call=run_block),),
             modulated_input=modulated_input,
             output_tokens=lambda streams: streams[0],
