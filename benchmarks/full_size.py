@@ -90,13 +90,14 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
             results[f"{mode}, no graphs"] = measured(args, f"vllm-omni-{mode}-no-graphs", forward)
         graphs = apply_cuda_graphs(transformer, od_config)
         results[mode] = measured(args, f"vllm-omni-{mode}", forward)
-        results[mode]["runs"] = [] if compiled is None else [compiled.describe()]
-        results[mode]["runs"] += [] if graphs is None else graphs.describe()
         prepare_modulations(transformer, od_config)
         if isinstance(getattr(transformer, "stages", None), PreparedModulations):
             name = f"{mode}, modulations prepared"
             results[name] = with_prepared_modulations(args, name, transformer, inputs)
             results[name]["saved_ms"] = results[mode]["ms"] - results[name]["ms"]
+        for name in results.keys() & {mode, f"{mode}, modulations prepared"}:
+            results[name]["runs"] = [] if compiled is None else [compiled.describe()]
+            results[name]["runs"] += [] if graphs is None else graphs.describe()
         del transformer, compiled, graphs, forward
         torch.compiler.reset()
         gc.collect()

@@ -18,7 +18,9 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.sequence_parallel import sharded_forward
 from vllm_omni.diffusion.layers import kernels, linear_method
 from vllm_omni.diffusion.model_loader.components import default_dtype, fill_with_random_weights
+from vllm_omni.diffusion.modulations import prepare_modulations
 from vllm_omni.diffusion.quantization import quantized_linears
+from vllm_omni.diffusion.step_memory import ForwardRow, StepMemory, forward_rows
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 
 
@@ -163,9 +165,13 @@ def test_nothing_in_a_forward_waits_for_the_device(name, quantization):
     }
     with torch.inference_mode():
         transformer(**inputs)
+        prepare_modulations(transformer, od_config)
+        timesteps = torch.linspace(1000, 100, 10, device="cuda")
+        row = ForwardRow(StepMemory(), branch=0, output=0, step_index=3, num_steps=10, timesteps=timesteps)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            output = transformer(**inputs)
+            with forward_rows([row]):
+                output = transformer(**inputs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(output).all()

@@ -111,7 +111,8 @@ def prepare_modulations(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> 
         for of_block in layers.values():
             for layer, end in zip(of_block, accumulate(layer.output_size for layer in of_block), strict=True):
                 layer.prepared_at = end - layer.output_size
-        setattr(transformer, "stages", PreparedModulations(stages, layers))
+        prepared: Any = PreparedModulations(stages, layers)
+        transformer.stages = prepared
 
 
 def _steps_ahead(row: ForwardRow) -> torch.Tensor:
