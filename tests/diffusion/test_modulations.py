@@ -163,7 +163,8 @@ def test_they_count_as_memory_of_the_request_and_go_with_its_last_step(load):
         denoise_step([state], model.pipeline)
         assert state.num_bytes == before + 3 * 4 * sum(layer.output_size for layer in layers)
         finished(model, state)
-    assert state.num_bytes == before
+    assert not state.cache._modulations, "decoding needs the memory"
+    assert state.num_bytes == before + 3 * 4 * sum(layer.output_size for layer in layers), "what it takes to run it"
 
 
 def test_sharded_weights_and_conditions_of_a_step_are_left_to_each_step(load, products):
@@ -175,7 +176,7 @@ def test_sharded_weights_and_conditions_of_a_step_are_left_to_each_step(load, pr
     state.step_conditions = ({}, {})
     finished(model, state)
     assert products == [2] * 2 * NUM_BLOCKS * 2, "both branches at each of two steps"
-    assert not state.cache.modulations
+    assert not state.cache._modulations
 
 
 @pytest.mark.gpu

@@ -85,12 +85,11 @@ class DenoiseState:
 
     @property
     def num_bytes(self) -> int:
-        """Of its tensors and prepared modulations, but for what a step cache remembers."""
+        """Of its tensors and its modulations, which its last step lets go, but for what a step cache remembers."""
         conditions = [value for given in (*self.branches, *self.step_conditions) for value in given.values()]
-        modulations = [prepared.values for prepared in self.cache.modulations.values()]
-        tensors = [self.latents, *self.history.values(), *modulations, *conditions]
+        tensors = [self.latents, *self.history.values(), *conditions]
         by_id = {id(tensor): tensor for tensor in tensors if isinstance(tensor, torch.Tensor)}
-        return sum(tensor.numel() * tensor.element_size() for tensor in by_id.values())
+        return self.cache.modulations_bytes + sum(tensor.nbytes for tensor in by_id.values())
 
     @property
     def is_done(self) -> bool:

@@ -44,10 +44,10 @@ class PreparedModulations:
             return stages
         conditioning, *others = stages.row_inputs
         assert conditioning is not None, "stages.conditioning tells how it is made"
-        assert len(rows) == conditioning.shape[0], f"{conditioning.shape[0]} rows run in a forward of {len(rows)}"
+        if len(rows) != conditioning.shape[0]:
+            return stages  # the pipeline makes other rows of them
         layers = [self._layers[block] for span in stages.spans for block in span.blocks]
-        self._prepare(rows, stages.conditioning, list(chain.from_iterable(layers)), conditioning.dtype)
-        prepared = [self._row(row, stages.conditioning) for row in rows]
+        prepared = self._prepared(rows, stages.conditioning, list(chain.from_iterable(layers)), conditioning.dtype)
         widths = [sum(layer.output_size for layer in of_block) for of_block in layers]
         ends = accumulate(widths)
         return replace(
@@ -61,35 +61,27 @@ class PreparedModulations:
         is_shared = all(values is None for values in conditioning.others)
         return (id(self), 0, 0) if is_shared else (id(self), row.branch, row.output)
 
-    def _row(self, row: ForwardRow, conditioning: Conditioning) -> torch.Tensor:
-        """``[1, P]``."""
-        steps = row.memory.modulations[self._key(row, conditioning)]
-        index = row.step_index - steps.first
-        return steps.values[index : index + 1]
-
-    def _prepare(
+    def _prepared(
         self,
         rows: Sequence[ForwardRow],
         conditioning: Conditioning,
         layers: Sequence[ModulationLinear],
         dtype: torch.dtype,
-    ) -> None:
-        """Compute what is missing for ``rows``, all of it at once: the weights are read but once."""
-        missing: dict[Hashable, int] = {}
-        for index, row in enumerate(rows):
-            key = self._key(row, conditioning)
-            steps = row.memory.modulations.get(key)
-            if steps is None or not steps.holds(row.step_index):
-                missing.setdefault((id(row.memory), key), index)
+    ) -> list[torch.Tensor]:
+        """``[1, P]`` of each row. What is missing is computed at once: the weights are read but once."""
+        keys = [self._key(row, conditioning) for row in rows]
+        prepared = [row.memory.modulations(key, row.step_index) for row, key in zip(rows, keys, strict=True)]
+        # Rows of one request that share a key need one of them.
+        missing = {(id(rows[i].memory), keys[i]): i for i, values in enumerate(prepared) if values is None}
         if not missing:
-            return
+            return [values for values in prepared if values is not None]
         timesteps = [_steps_ahead(rows[index]) for index in missing.values()]
         counts = [len(steps) for steps in timesteps]
         given = [_repeated(values, missing.values(), counts) for values in conditioning.others]
         inputs = conditioning.compute(unit_timestep(torch.cat(timesteps), dtype), *given)
         for index, values in zip(missing.values(), _computed(layers, inputs, counts), strict=True):
-            row = rows[index]
-            row.memory.modulations[self._key(row, conditioning)] = PreparedSteps(row.step_index, values)
+            rows[index].memory.keep_modulations(keys[index], PreparedSteps(rows[index].step_index, values))
+        return self._prepared(rows, conditioning, layers, dtype)
 
 
 def prepare_modulations(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> None:

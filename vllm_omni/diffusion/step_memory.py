@@ -27,9 +27,6 @@ class PreparedSteps:
     first: int
     values: torch.Tensor
 
-    def holds(self, step_index: int) -> bool:
-        return self.first <= step_index < self.first + self.values.shape[0]
-
 
 @dataclass(slots=True)
 class StepMemory:
@@ -37,8 +34,9 @@ class StepMemory:
 
     num_forwards: int = 0  # rows that passed a cache, over all steps, branches and outputs
     num_skipped: int = 0  # those of them whose blocks were skipped
-    # Of the steps ahead. They follow from the request alone, so a step that failed leaves nothing wrong in them.
-    modulations: dict[Hashable, PreparedSteps] = field(default_factory=dict)
+    modulations_bytes: int = 0  # of modulations, at their most
+    # They follow from the request alone, so a step that failed leaves nothing wrong in them.
+    _modulations: dict[Hashable, PreparedSteps] = field(default_factory=dict)
     _entries: dict[_RowKey, Any] = field(default_factory=dict)
     _pending: dict[_RowKey, tuple[Any, bool]] = field(default_factory=dict)
 
@@ -52,11 +50,25 @@ class StepMemory:
         The last step leaves no modulations: decoding needs the memory.
         """
         if is_last:
-            self.modulations.clear()
+            self._modulations.clear()
         self._entries = {key: entry for key, (entry, _) in self._pending.items()}
         self.num_forwards += len(self._pending)
         self.num_skipped += sum(skipped for _, skipped in self._pending.values())
         self._pending.clear()
+
+    def modulations(self, key: Hashable, step_index: int) -> torch.Tensor | None:
+        """Those of a step, ``[1, P]``, if they are prepared."""
+        steps = self._modulations.get(key)
+        if steps is None or not 0 <= step_index - steps.first < steps.values.shape[0]:
+            return None
+        return steps.values[step_index - steps.first].unsqueeze(0)
+
+    def keep_modulations(self, key: Hashable, steps: PreparedSteps) -> None:
+        """In the place of those of earlier steps."""
+        self._modulations[key] = steps
+        self.modulations_bytes = max(
+            self.modulations_bytes, sum(kept.values.nbytes for kept in self._modulations.values())
+        )
 
     def recall(self, key: _RowKey) -> Any:
         return self._entries.get(key)
