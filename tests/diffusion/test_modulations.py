@@ -23,6 +23,11 @@ from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 
 NUM_BLOCKS = 2  # of each kind, in the tiny models
 SAME = 1e-5  # of latents in float32, relative
+TEACACHE = {"cache_backend": "tea_cache", "cache_config": {"rel_l1_thresh": 5.0, "coefficients": [1.0, 0.0]}}
+DBCACHE = {
+    "cache_backend": "cache_dit",
+    "cache_config": {"max_warmup_steps": 1, "residual_diff_threshold": 5.0, "max_continuous_cached_steps": 2},
+}
 PICTURE = {"image": tiny_qwen_edit.picture(64, 48)}
 
 
@@ -111,6 +116,21 @@ def test_prepared_modulations_give_the_pictures_of_computed_ones(load, monkeypat
     expected = finished(model, *(model.state(**given) for given in asked), late=2)
     for one, other in zip(ours, expected, strict=True):
         assert relative_difference(one, other) <= SAME
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "flux"])
+@pytest.mark.parametrize("cache", [TEACACHE, DBCACHE])
+def test_rows_that_skip_blocks_leave_the_others_their_own_modulations(load, name, cache):
+    model = load(name, **cache)
+    asked = [{"seed": 1}, {"seed": 2, "num_steps": 9}, {"seed": 3}]
+    ours = [model.state(**given) for given in asked]
+    finished(model, *ours, late=1)
+    without(model)
+    expected = [model.state(**given) for given in asked]
+    finished(model, *expected, late=1)
+    for one, other in zip(ours, expected, strict=True):
+        assert 0 < one.cache.num_skipped == other.cache.num_skipped < one.cache.num_forwards
+        assert relative_difference(one.latents, other.latents) <= SAME
 
 
 @pytest.mark.parametrize(
