@@ -146,3 +146,34 @@ def test_few_rows_by_a_weight_in_fp8(rows, has_bias):
     output = kernels("few_rows").few_rows_linear(x, quantized, scales[None], bias)
     restored = quantized.float() * scales[:, None]
     assert_near(output, F.linear(x.float(), restored, None if bias is None else bias.float()))
+
+
+@pytest.mark.parametrize(("rows", "tile"), [(70, (128, 64, 1)), (70, (64, 128, 3)), (5, (64, 64, 2))])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_product_in_fp8_whose_sum_is_split(rows, tile, has_bias):
+    width, features = (3072, 9216) if DEVICE == "cuda" else (768, 80)
+    x, weight = (drawn(*shape).to(torch.float8_e4m3fn) for shape in ((rows, width), (features, width)))
+    x_scale, weight_scale = drawn(rows, 1).float().abs(), drawn(1, features, seed=1).float().abs()
+    bias = drawn(features, seed=2) if has_bias else None
+    expected = x.float() @ weight.float().t() * x_scale * weight_scale
+    outputs = []
+    for _ in range(2):
+        outputs.append(torch.full((rows, features), torch.nan, dtype=torch.bfloat16, device=DEVICE))
+        split_sum = kernels("split_sum")
+        split_sum.split_sum_linear(x, x_scale, weight, weight_scale, bias, outputs[-1], split_sum.Tile(*tile))
+    assert_near(outputs[0], expected if bias is None else expected + bias.float())
+    assert torch.equal(*outputs), "the parts are added in their order"
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter is no GPU of capability 9.0")
+@pytest.mark.parametrize("rows", [128, 512])
+def test_the_scaled_product_of_few_rows_is_that_of_cublas(rows, monkeypatch):
+    from vllm_omni.diffusion.layers import kernels as package
+    from vllm_omni.diffusion.layers.operators import scaled_linear_op
+
+    x, weight = (drawn(*shape).to(torch.float8_e4m3fn) for shape in ((rows, 12288), (3072, 12288)))
+    scales = drawn(rows, 1).float().abs(), drawn(1, 3072, seed=1).float().abs()
+    arguments = x, scales[0], weight, scales[1], drawn(3072, seed=2), torch.bfloat16
+    ours = scaled_linear_op(*arguments)
+    monkeypatch.setattr(package, "HAS_TRITON", False)
+    assert_near(ours, scaled_linear_op(*arguments).float(), 0.01)

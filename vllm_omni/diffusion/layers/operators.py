@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from vllm_omni.diffusion.layers import kernels
+
 _LIBRARY = torch.library.Library("vllm_omni", "FRAGMENT")
 
 
@@ -88,17 +90,52 @@ def joint_scaled_linear(
         (first, first_scale, first_weight, first_weight_scale, first_bias, parts[0]),
         (second, second_scale, second_weight, second_weight_scale, second_bias, parts[1]),
     ):
-        torch._scaled_mm(
-            x[0],
-            weight.t(),
-            scale_a=x_scale,
-            scale_b=weight_scale,
-            bias=bias,
-            out_dtype=part.dtype,
-            use_fast_accum=True,
-            out=part,
-        )
+        _scaled_linear(x[0], x_scale, weight, weight_scale, bias, part)
     return output
+
+
+def scaled_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``x weight^T * x_scale * weight_scale + bias``, ``[T, N]`` in ``dtype``.
+
+    ``x [T, K], weight [N, K] in FP8, x_scale [T, 1], weight_scale [1, N] in float32, bias [N]``.
+    """
+    output = x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
+    _scaled_linear(x, x_scale, weight, weight_scale, bias, output)
+    return output
+
+
+def _scaled_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    if kernels.take(x):
+        from vllm_omni.diffusion.layers.kernels.split_sum import choose_tile, split_sum_linear
+
+        tile = choose_tile(x.shape[0], weight.shape[0], weight.shape[1], x.device)
+        if tile is not None:
+            split_sum_linear(x, x_scale, weight, weight_scale, bias, out, tile)
+            return
+    torch._scaled_mm(
+        x,
+        weight.t(),
+        scale_a=x_scale,
+        scale_b=weight_scale,
+        bias=bias,
+        out_dtype=out.dtype,
+        use_fast_accum=True,
+        out=out,
+    )
 
 
 def _joint(
@@ -120,4 +157,8 @@ joint_linear_op = operator(
 joint_scaled_linear_op = operator(
     joint_scaled_linear,
     lambda first, scale, weight, weight_scale, bias, second, *_: _joint(first, second, weight.shape[0], bias.dtype)[0],
+)
+scaled_linear_op = operator(
+    scaled_linear,
+    lambda x, x_scale, weight, weight_scale, bias, dtype: x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype),
 )

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from vllm_omni.diffusion.layers import kernels
 from vllm_omni.diffusion.layers.linear import LinearBase
 from vllm_omni.diffusion.layers.linear_method import LinearMethod, PendingInput
-from vllm_omni.diffusion.layers.operators import joint_scaled_linear_op, on_gpu
+from vllm_omni.diffusion.layers.operators import joint_scaled_linear_op, on_gpu, scaled_linear, scaled_linear_op
 
 FP8_MAX = 448.0  # the largest number of e4m3
 _SMALLEST = 1e-12  # of a row of zeros
@@ -46,15 +46,9 @@ class Fp8LinearMethod(LinearMethod):
     def apply(self, layer: LinearBase, x: torch.Tensor | PendingInput) -> torch.Tensor:
         given = PendingInput(x) if isinstance(x, torch.Tensor) else x
         rows, scales = quantize_input(given)
-        output = torch._scaled_mm(
-            rows,
-            layer.weight.t(),
-            scale_a=scales,
-            scale_b=layer.get_buffer("weight_scale"),
-            bias=layer.bias,
-            out_dtype=given.x.dtype,
-            use_fast_accum=True,
-        )
+        # Compiled code takes the operator as it is, and has torch's own product on a CPU.
+        multiply = scaled_linear_op if on_gpu(rows) else scaled_linear
+        output = multiply(rows, scales, layer.weight, layer.get_buffer("weight_scale"), layer.bias, given.x.dtype)
         return output.unflatten(0, given.x.shape[:-1])
 
     def apply_gelu(self, layer: LinearBase, x: torch.Tensor, start: int = 0) -> tuple[torch.Tensor, PendingInput]:
