@@ -43,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fp8, medium mask": {"enforce_eager": False, "quantization": "fp8", **_mask("medium")},
     "fp8 with attention": {"enforce_eager": False, **_FP8},
     "fp8 with attention, medium mask": {"enforce_eager": False, **_FP8, **_mask("medium")},
+    "fp8 with attention, balanced mask": {"enforce_eager": False, **_FP8, **_mask("balanced")},
     "fp8 with attention, fast mask": {"enforce_eager": False, **_FP8, **_mask("fast")},
     "diffusers": {},
 }

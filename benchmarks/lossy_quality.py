@@ -34,8 +34,8 @@ def _dit(**options: Any) -> dict[str, Any]:
     return {"cache_backend": "cache_dit", "cache_config": options}
 
 
-def _mask(policy: str) -> dict[str, Any]:
-    return _dit(scm_steps_mask_policy=policy, scm_steps_policy="static", max_continuous_cached_steps=-1)
+def _mask(policy: str, **options: Any) -> dict[str, Any]:
+    return _dit(scm_steps_mask_policy=policy, scm_steps_policy="static", max_continuous_cached_steps=-1, **options)
 
 
 FP8 = {"quantization": "fp8"}
@@ -45,15 +45,19 @@ MODES: dict[str, dict[str, Any]] = {
     "fp8": FP8,
     "fp8 with attention": FP8_ATTENTION,
     "tea_cache 0.1": _tea(0.1),
+    "tea_cache 0.15": _tea(0.15),
     "tea_cache 0.2": _tea(0.2),
     "cache_dit 0.12": _dit(residual_diff_threshold=0.12),
     "cache_dit 0.24": _dit(residual_diff_threshold=0.24),
     "cache_dit 0.24, TaylorSeer": _dit(residual_diff_threshold=0.24, enable_taylorseer=True),
     "cache_dit, medium mask": _mask("medium"),
+    "cache_dit, balanced mask": _mask("balanced"),
     "cache_dit, fast mask": _mask("fast"),
+    "cache_dit, fast mask, TaylorSeer": _mask("fast", enable_taylorseer=True),
     "fp8 with attention, tea_cache 0.1": FP8_ATTENTION | _tea(0.1),
     "fp8 with attention, cache_dit 0.12": FP8_ATTENTION | _dit(residual_diff_threshold=0.12),
     "fp8 with attention, medium mask": FP8_ATTENTION | _mask("medium"),
+    "fp8 with attention, balanced mask": FP8_ATTENTION | _mask("balanced"),
     "fp8 with attention, fast mask": FP8_ATTENTION | _mask("fast"),
 }
 

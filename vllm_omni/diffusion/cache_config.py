@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 from vllm_omni.errors import InvalidConfigError, nearest_name
 
 # How many of the steps are computed whatever the change is, from most to fewest.
-StepMaskPolicy = Literal["slow", "medium", "fast", "ultra"]
+StepMaskPolicy = Literal["slow", "medium", "balanced", "fast", "ultra"]
 StepPolicy = Literal["dynamic", "static"]
 
 

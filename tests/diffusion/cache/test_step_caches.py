@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from tests.diffusion.cache.toy import NUM_BLOCKS, ToyPipeline, finish, state
 from vllm_omni.diffusion.cache.dbcache import DBCache
 from vllm_omni.diffusion.cache.step_mask import step_mask
 from vllm_omni.diffusion.cache.teacache import TeaCache
-from vllm_omni.diffusion.cache_config import CacheDiTConfig
+from vllm_omni.diffusion.cache_config import CacheDiTConfig, StepMaskPolicy
 from vllm_omni.diffusion.denoise import denoise_step
 
 
@@ -93,7 +95,8 @@ def test_a_static_mask_skips_without_a_look_at_the_change():
 def test_a_step_mask_has_the_published_runs_and_is_stretched_to_other_requests():
     mask = "".join("01"[on] for on in step_mask("medium", 28))
     assert mask == "1111110" + "11000" * 4 + "1"
-    for policy in ("slow", "medium", "fast", "ultra"):
+    assert "".join("01"[on] for on in step_mask("balanced", 28)) == "11111001" + "0001" * 4 + "0111"
+    for policy in get_args(StepMaskPolicy):
         for num_steps in (1, 2, 7, 50):
             mask = step_mask(policy, num_steps)
             assert len(mask) == num_steps

@@ -1,8 +1,13 @@
-"""Step masks of Cache-DiT: which steps are computed whatever has changed. Early steps matter most."""
+"""Step masks: which steps are computed whatever has changed. Early steps matter most.
+
+All but ``balanced`` are those of Cache-DiT. That one computes the last steps too, which make up for what was skipped
+before, and every fourth in between.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 from vllm_omni.diffusion.cache_config import StepMaskPolicy
 
@@ -24,9 +29,19 @@ def computes_by_mask(policy: StepMaskPolicy, step_index: int, num_steps: int) ->
 @functools.lru_cache(maxsize=64)
 def step_mask(policy: StepMaskPolicy, num_steps: int) -> tuple[bool, ...]:
     """True for each step that is computed. The first and the last one are."""
+    mask = _balanced(num_steps) if policy == "balanced" else _stretched(_RUNS[policy], num_steps)
+    return (True, *mask[1:-1], True) if num_steps > 1 else (True,)
+
+
+def _balanced(num_steps: int) -> list[bool]:
+    first, last = round(5 * num_steps / _NUM_STEPS), round(3 * num_steps / _NUM_STEPS)
+    return [not first <= step < num_steps - last or (step - first) % 4 == 2 for step in range(num_steps)]
+
+
+def _stretched(runs: Sequence[int], num_steps: int) -> list[bool]:
     mask: list[bool] = []
     end = 0
-    for index, length in enumerate(_RUNS[policy]):
+    for index, length in enumerate(runs):
         end += length
         mask += [index % 2 == 0] * (round(end * num_steps / _NUM_STEPS) - len(mask))
-    return (True, *mask[1:-1], True) if num_steps > 1 else (True,)
+    return mask
