@@ -23,6 +23,7 @@ from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionBack
 from vllm_omni.diffusion.attention.backends.sdpa import CudnnAttentionBackend, TorchSdpaBackend
 from vllm_omni.diffusion.layers import kernels, norm
 from vllm_omni.diffusion.layers.norm import RMSNorm
+from vllm_omni.diffusion.layers.operators import scaled_linear
 from vllm_omni.diffusion.layers.rope import QKNormRope
 
 Inputs = tuple[torch.Tensor, ...]
@@ -135,12 +136,13 @@ def gelu_and_quantization() -> dict[str, dict[str, float]]:
 
 
 def products() -> dict[str, dict[str, float]]:
-    """TFLOP/s of ``[M, K] x [K, N]``, bf16 and FP8 with a scale per row and column."""
-    results = {}
+    """TFLOP/s of ``[M, K] x [K, N]``, bf16 and FP8 with scales by row and column; ``fp8 layer`` is as layers do it."""
+    results: dict[str, dict[str, float]] = {}
     shapes = [(4608, 21504, 3072), (4608, 9216, 3072), (4608, 12288, 3072), (4608, 3072, 15360), (4608, 3072, 12288)]
     shapes += [(4096, 9216, 3072), (4096, 12288, 3072), (4096, 3072, 12288), (4096, 3072, 3072)]
     shapes += [(512, 9216, 3072), (512, 12288, 3072), (512, 3072, 12288), (512, 3072, 3072), (128, 9216, 3072)]
-    shapes += [(128, 3072, 12288), (1, 18432, 3072), (1, 9216, 3072), (32760, 15360, 5120), (32760, 5120, 13824)]
+    shapes += [(128, 12288, 3072), (128, 3072, 12288), (128, 3072, 3072), (256, 3072, 12288), (64, 3072, 12288)]
+    shapes += [(1, 18432, 3072), (1, 9216, 3072), (32760, 15360, 5120), (32760, 5120, 13824)]
     for m, n, k in shapes:
         flops = 2 * m * n * k
 
@@ -153,7 +155,7 @@ def products() -> dict[str, dict[str, float]]:
         def scaled(
             x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, sx: torch.Tensor, sw: torch.Tensor
         ) -> torch.Tensor:
-            return torch._scaled_mm(x, w.t(), sx, sw, bias=b, out_dtype=torch.bfloat16, use_fast_accum=True)
+            return scaled_linear(x, sx, w, sw, b, torch.bfloat16)
 
         def inputs(m: int = m, n: int = n, k: int = k) -> Inputs:
             return drawn(m, k), drawn(n, k), drawn(n)
@@ -168,7 +170,8 @@ def products() -> dict[str, dict[str, float]]:
         for kind, (work, draw) in {
             "bf16": (linear, inputs),
             "bf16 gelu": (linear_gelu, inputs),
-            "fp8": (scaled, fp8_inputs),
+            "fp8": (twin(scaled), fp8_inputs),
+            "fp8 layer": (scaled, fp8_inputs),
         }.items():
             try:
                 time_us = microseconds(work, draw, 10)
