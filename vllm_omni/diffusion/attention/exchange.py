@@ -31,30 +31,12 @@ def tokens_for_heads(
     if group.size == 1:
         return query, key, value
     batch, _, _, head_size = query.shape
-    own, num_tokens = lengths[group.rank], num_text + sum(lengths)
     widths = [(of_query, of_kv, of_kv) for of_query, of_kv in zip(heads, kv_heads, strict=True)]
     by_rank = list(zip(*(x.split([w[i] for w in widths], 2) for i, x in enumerate((query, key, value))), strict=True))
     # Tokens come first: what the ranks send is then one sequence, which attention reads as it lies.
-    shapes = [(num_tokens, batch, sum(width), head_size) for width in widths]
-    if group.peers is None:
-        whole = query.new_empty(shapes[group.rank])
-        sent_sizes = [own * batch * sum(width) * head_size for width in widths]
-        sent = query.new_empty(sum(sent_sizes))
-        targets = [part.view(own, batch, -1, head_size) for part in sent.split(sent_sizes)]
-    else:
-        buffer = group.peers.buffer("tokens", max(map(_numel, shapes)) * query.element_size())
-        start = num_text + sum(lengths[: group.rank])
-        wholes = [buffer.on(rank, shape, query.dtype) for rank, shape in enumerate(shapes)]
-        whole, targets = wholes[group.rank], [x[start : start + own] for x in wholes]
-    for target, parts in zip(targets, by_rank, strict=True):
-        _join_heads(target, [x[:, num_text:] for x in parts], wide=group.peers is not None)
-    _join_heads(whole[:num_text], [x[:, :num_text] for x in by_rank[group.rank]], wide=group.peers is not None)
-    if group.peers is None:
-        received_sizes = [length * _numel(shapes[group.rank][1:]) for length in lengths]
-        all_to_all(sent, whole[num_text:], sent_sizes, received_sizes, group)
-    else:
-        buffer.barrier()
-    split = whole.transpose(0, 1).split(widths[group.rank], dim=2)
+    shapes = [torch.Size((num_text + sum(lengths), batch, sum(width), head_size)) for width in widths]
+    gather = _tokens_by_collective if group.peers is None else _tokens_by_peers
+    split = gather(by_rank, num_text, lengths, shapes, group).transpose(0, 1).split(widths[group.rank], dim=2)
     return split[0], split[1], split[2]
 
 
@@ -64,41 +46,95 @@ def heads_for_tokens(
     """``[B, T + all tokens of the group, H of this rank, D] -> [B, T + S, H, D]``."""
     if group.size == 1:
         return output
-    batch, _, own_heads, head_size = output.shape
     text, *images = output.transpose(0, 1).split([num_text, *lengths])
-    num_tokens = num_text + lengths[group.rank]
-    if group.peers is None:
-        sent = torch.cat([part for image in images for part in (text, image)])
-        sent_sizes = [(num_text + length) * batch * own_heads * head_size for length in lengths]
-        received_sizes = [num_tokens * batch * width * head_size for width in heads]
-        received = output.new_empty(sum(received_sizes))
-        all_to_all(sent, received, sent_sizes, received_sizes, group)
-        parts = [part.view(num_tokens, batch, -1, head_size) for part in received.split(received_sizes)]
-        return torch.cat([part.transpose(0, 1) for part in parts], dim=2)
-    shapes = [(num_text + length, batch, sum(heads), head_size) for length in lengths]
-    buffer = group.peers.buffer("heads", max(map(_numel, shapes)) * output.element_size())
+    gather = _heads_by_collective if group.peers is None else _heads_by_peers
+    return gather(text, images, heads, group).transpose(0, 1)
+
+
+def _tokens_by_collective(
+    by_rank: Sequence[Sequence[torch.Tensor]],
+    num_text: int,
+    lengths: Sequence[int],
+    shapes: Sequence[torch.Size],
+    group: RankGroup,
+) -> torch.Tensor:
+    """All tokens of this rank's heads, ``shapes[rank]``, from the tensors ``[B, T + S, H_i, D]`` for each rank."""
+    own = lengths[group.rank]
+    whole = by_rank[0][0].new_empty(shapes[group.rank])
+    sent_sizes = [own * shape[1:].numel() for shape in shapes]
+    sent = whole.new_empty(sum(sent_sizes))
+    for part, parts, shape in zip(sent.split(sent_sizes), by_rank, shapes, strict=True):
+        _join_heads(part.view(own, *shape[1:]), [x[:, num_text:] for x in parts])
+    _join_heads(whole[:num_text], [x[:, :num_text] for x in by_rank[group.rank]])
+    received_sizes = [length * shapes[group.rank][1:].numel() for length in lengths]
+    all_to_all(sent, whole[num_text:], sent_sizes, received_sizes, group)
+    return whole
+
+
+def _tokens_by_peers(
+    by_rank: Sequence[Sequence[torch.Tensor]],
+    num_text: int,
+    lengths: Sequence[int],
+    shapes: Sequence[torch.Size],
+    group: RankGroup,
+) -> torch.Tensor:
+    """What :func:`_tokens_by_collective` returns, in a buffer that the next exchange writes to."""
+    assert group.peers is not None
+    dtype, size = by_rank[0][0].dtype, by_rank[0][0].element_size()
+    buffer = group.peers.buffer("tokens", max(shape.numel() for shape in shapes) * size)
+    start = num_text + sum(lengths[: group.rank])
+    for rank, (parts, shape) in enumerate(zip(by_rank, shapes, strict=True)):
+        target = buffer.on(rank, shape, dtype)[start : start + lengths[group.rank]]
+        _join_heads(target, [x[:, num_text:] for x in parts])
+    whole = buffer.on(group.rank, shapes[group.rank], dtype)
+    _join_heads(whole[:num_text], [x[:, :num_text] for x in by_rank[group.rank]])
+    buffer.barrier()
+    return whole
+
+
+def _heads_by_collective(
+    text: torch.Tensor, images: Sequence[torch.Tensor], heads: Sequence[int], group: RankGroup
+) -> torch.Tensor:
+    """``[T + S, B, H, D]`` from this rank's heads of the text ``[T, B, H_rank, D]`` and of each rank's image tokens."""
+    _, batch, own_heads, head_size = text.shape
+    lengths = [text.shape[0] + image.shape[0] for image in images]
+    sent = torch.cat([part for image in images for part in (text, image)])
+    sent_sizes = [length * batch * own_heads * head_size for length in lengths]
+    received_sizes = [lengths[group.rank] * batch * width * head_size for width in heads]
+    received = text.new_empty(sum(received_sizes))
+    all_to_all(sent, received, sent_sizes, received_sizes, group)
+    parts = received.split(received_sizes)
+    return torch.cat([part.view(lengths[group.rank], batch, -1, head_size) for part in parts], dim=2)
+
+
+def _heads_by_peers(
+    text: torch.Tensor, images: Sequence[torch.Tensor], heads: Sequence[int], group: RankGroup
+) -> torch.Tensor:
+    """What :func:`_heads_by_collective` returns."""
+    assert group.peers is not None
+    num_text, batch, _, head_size = text.shape
+    shapes = [torch.Size((num_text + image.shape[0], batch, sum(heads), head_size)) for image in images]
+    buffer = group.peers.buffer("heads", max(shape.numel() for shape in shapes) * text.element_size())
     starts = list(itertools.accumulate(heads, initial=0))
-    own = slice(starts[group.rank], starts[group.rank + 1])
+    of_rank = [slice(*pair) for pair in itertools.pairwise(starts)]
     # A tensor of its own: the next exchange writes to the buffer.
-    whole = output.new_empty(num_tokens, batch, sum(heads), head_size)
+    whole = text.new_empty(shapes[group.rank])
     for rank, (shape, image) in enumerate(zip(shapes, images, strict=True)):
-        target = (whole if rank == group.rank else buffer.on(rank, shape, output.dtype))[:, :, own]
+        target = (whole if rank == group.rank else buffer.on(rank, shape, text.dtype))[:, :, of_rank[group.rank]]
         _copy_rows(target[:num_text], text)
         _copy_rows(target[num_text:], image)
     buffer.barrier()
-    came = buffer.on(group.rank, shapes[group.rank], output.dtype)
-    for rank in range(group.size):
+    came = buffer.on(group.rank, shapes[group.rank], text.dtype)
+    for rank, theirs in enumerate(of_rank):
         if rank != group.rank:
-            theirs = slice(starts[rank], starts[rank + 1])
             _copy_rows(whole[:, :, theirs], came[:, :, theirs])
-    return whole.transpose(0, 1)
+    return whole
 
 
-def _join_heads(target: torch.Tensor, parts: Sequence[torch.Tensor], *, wide: bool) -> None:
+def _join_heads(target: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
     """Copy ``[B, S, H_i, D]`` each into ``target [S, B, sum(H_i), D]``."""
-    copy = _copy_rows if wide else torch.Tensor.copy_
     for x, place in zip(parts, target.split([x.shape[2] for x in parts], dim=2), strict=True):
-        copy(place, x.transpose(0, 1))
+        _copy_rows(place, x.transpose(0, 1))
 
 
 def _copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -109,7 +145,3 @@ def _copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:
     if all(number % ratio == 0 for number in (*strides, *offsets)) and target.stride(-1) == source.stride(-1) == 1:
         target, source = target.view(torch.complex128), source.view(torch.complex128)
     target.copy_(source)
-
-
-def _numel(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()

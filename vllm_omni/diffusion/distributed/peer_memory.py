@@ -20,6 +20,7 @@ from vllm_omni.logger import init_logger
 logger = init_logger(__name__)
 
 _SMALLEST = 1 << 20  # bytes
+_NUM_PROBES = 8
 
 
 class PeerBuffer:
@@ -65,7 +66,7 @@ class PeerMemory:
 def peer_memory(device: torch.device, process_group: Any) -> PeerMemory | None:
     """Memory that the ranks of a group share, or None where they cannot. All ranks of the group call it.
 
-    They can on one machine, between GPUs that address each other.
+    They can on one machine, between GPUs that address each other, if what each of them writes arrives.
     """
     # Multicast of NVLink switches is not used, and to set it up needs rights that not every machine gives.
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
@@ -77,7 +78,29 @@ def peer_memory(device: torch.device, process_group: Any) -> PeerMemory | None:
         memory.buffer("probe", _SMALLEST)
     except (ImportError, AttributeError, RuntimeError) as error:
         logger.info("ranks exchange by NCCL alone: %s", error)
-    return memory if _agree(memory is not None, device, process_group) else None
+    if not _agree(memory is not None, device, process_group):
+        return None
+    assert memory is not None
+    if not _agree(carries(memory, process_group), device, process_group):
+        logger.warning("ranks exchange by NCCL alone: what they wrote to each other's memory did not arrive")
+        return None
+    return memory
+
+
+def carries(memory: PeerMemory, process_group: Any) -> bool:
+    """Whether this rank finds in its memory, several times over, what each rank of the group wrote there."""
+    size, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
+    buffer = memory.buffer("probe", _SMALLEST)
+    shape = (size, _SMALLEST // 4 // size)
+    arrived = []
+    for turn in range(_NUM_PROBES):
+        for other in range(size):
+            buffer.on(other, shape, torch.int32)[rank].fill_(turn * size + rank)
+        buffer.barrier()
+        numbers = buffer.on(rank, shape, torch.int32)
+        arrived.append((numbers == torch.arange(turn * size, (turn + 1) * size, device=numbers.device)[:, None]).all())
+        buffer.barrier()  # nobody writes anew before all have read
+    return bool(torch.stack(arrived).all().item())
 
 
 def _reaches_peers(device: torch.device, process_group: Any) -> bool:
