@@ -121,23 +121,23 @@ def _heads_by_peers(
     whole = text.new_empty(shapes[group.rank])
     for rank, (shape, image) in enumerate(zip(shapes, images, strict=True)):
         target = (whole if rank == group.rank else buffer.on(rank, shape, text.dtype))[:, :, of_rank[group.rank]]
-        _copy_rows(target[:num_text], text)
-        _copy_rows(target[num_text:], image)
+        copy_rows(target[:num_text], text)
+        copy_rows(target[num_text:], image)
     buffer.barrier()
     came = buffer.on(group.rank, shapes[group.rank], text.dtype)
     for rank, theirs in enumerate(of_rank):
         if rank != group.rank:
-            _copy_rows(whole[:, :, theirs], came[:, :, theirs])
+            copy_rows(whole[:, :, theirs], came[:, :, theirs])
     return whole
 
 
 def _join_heads(target: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
     """Copy ``[B, S, H_i, D]`` each into ``target [S, B, sum(H_i), D]``."""
     for x, place in zip(parts, target.split([x.shape[2] for x in parts], dim=2), strict=True):
-        _copy_rows(place, x.transpose(0, 1))
+        copy_rows(place, x.transpose(0, 1))
 
 
-def _copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:
+def copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:
     """``target.copy_(source)`` in units of 16 bytes where rows allow it; a copy of strided halves moves 2 at a time."""
     ratio = 16 // target.element_size()
     strides = (*target.stride()[:-1], *source.stride()[:-1], target.shape[-1])

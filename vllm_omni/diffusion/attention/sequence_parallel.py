@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from vllm_omni.diffusion.attention.exchange import heads_for_tokens, tokens_for_heads
+from vllm_omni.diffusion.attention.exchange import copy_rows, heads_for_tokens, tokens_for_heads
 from vllm_omni.diffusion.attention.log_sum_exp import attention_with_lse, merge
 from vllm_omni.diffusion.attention.selector import select_backend
 from vllm_omni.diffusion.distributed.collectives import all_gather_along
@@ -101,7 +101,9 @@ def _ring_attention(
     def mask_of(place: int) -> torch.Tensor | None:
         return None if image_mask is None else image_mask[:, starts[place] : starts[place + 1]]
 
-    block = torch.stack([key[:, num_text:], value[:, num_text:]])
+    block = key.new_empty(2, key.shape[0], lengths[group.rank], *key.shape[2:])
+    for target, source in zip(block, (key, value), strict=True):
+        copy_rows(target, source[:, num_text:])
     own_mask = None if text_mask is None else torch.cat([text_mask, mask_of(group.rank)], dim=1)  # type: ignore[list-item]
     result = None
     for turn in range(group.size):
