@@ -38,6 +38,7 @@ from vllm_omni.entrypoints.omni import SHIPPED_MODELS
 
 _PATHS = {"qwen-image": "/v1/images/generations", "wan": "/v1/videos/sync"}
 _TASKS = {"qwen-image": "text-to-image", "wan": "text-to-video"}
+_GUIDANCE = {"guided": {"true_cfg_scale": 4.0, "negative_prompt": " "}, "unguided": {"true_cfg_scale": 1.0}}
 _COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "black", "white")
 _PROMPT_NUMBERS = itertools.count()
 
@@ -105,9 +106,8 @@ def measure_clients(client: Client, num_clients: int, num_requests: int, body: d
 
 def measure_sharing(client: Client, args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     """Requests per second by the number of clients, with and without guidance."""
-    guidance = {"guided": {"true_cfg_scale": 4.0, "negative_prompt": " "}, "unguided": {"true_cfg_scale": 1.0}}
-    for name, scale in guidance.items():
-        body = {"size": f"{args.side}x{args.side}", "num_inference_steps": args.steps, **scale}
+    for name in args.guidance:
+        body = {"size": f"{args.side}x{args.side}", "num_inference_steps": args.steps, **_GUIDANCE[name]}
         few = {**body, "num_inference_steps": 4}
         for num_clients in (args.num_clients, 1):
             # Shapes that are new compile, are captured and are measured by the scheduler.
@@ -221,6 +221,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="of every request but the long one")
     parser.add_argument("--num-clients", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=4, help="requests of each client; 0: leave that part out")
+    parser.add_argument("--guidance", nargs="+", default=tuple(_GUIDANCE), choices=_GUIDANCE, help="of several clients")
     parser.add_argument("--warmup-rounds", type=int, default=3)
     parser.add_argument("--arrival-side", type=int, default=1024, help="pixels of the picture that arrives")
     parser.add_argument("--num-arrivals", type=int, default=3, help="0: leave that part out")
