@@ -176,8 +176,8 @@ def measure_arrival(client: Client, args: argparse.Namespace) -> dict[str, Any]:
     alone_s = time.monotonic() - started
     with LongRequest(client, long) as running:
         running.wait_for_steps(3)
-        print(f"the long one has taken {len(running.step_ends)} steps", flush=True)
         step_s = statistics.median(b - a for a, b in zip(running.step_ends, running.step_ends[1:], strict=False))
+        print(f"a step of the long one takes {step_s:.2f} s, the short one alone {alone_s:.2f} s", flush=True)
         arrivals = []
         for index in range(args.num_arrivals):
             time.sleep(step_s * 0.3 * index)
@@ -192,6 +192,7 @@ def measure_arrival(client: Client, args: argparse.Namespace) -> dict[str, Any]:
                     "steps_of_the_long_one_meanwhile": sum(started < end < ended for end in running.step_ends),
                 }
             )
+            print(json.dumps(arrivals[-1]), flush=True)
             running.wait_for_steps(1)
     longest = max(arrival["delay_s"] for arrival in arrivals)
     return {

@@ -109,7 +109,7 @@ def test_two_gpus_give_the_latents_of_one(pools, folders, references, name):
         references[key] = pool.run(run, folder, options, prompts, params)[0]
     for outputs in pool.run(run, folder, {**options, **layout}, prompts, params):
         for mine, other in zip(outputs, references[key], strict=True):
-            ours, reference = mine.output.float(), other.output.float()
+            ours, reference = mine.output.float().cpu(), other.output.float().cpu()  # each on its rank's GPU
             distance = (torch.linalg.norm(ours - reference) / torch.linalg.norm(reference)).item()
             assert distance <= tolerance
     pool.close()
