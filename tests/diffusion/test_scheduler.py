@@ -299,6 +299,19 @@ def test_without_a_limit_the_budget_is_what_the_device_has_left():
     assert not budget.fits([request("b")] * 4, request("a"))
 
 
+def test_a_running_video_whose_decoding_is_reckoned_from_pictures_keeps_no_picture_out():
+    """In proportion to a picture's, its decoding would not fit; it runs all the same, and a picture fits beside it."""
+    budget = MemoryBudget(10_000 * MB)
+    budget.observe("state", 512**2, 10 * MB)
+    budget.observe("step", 512**2, 500 * MB)
+    budget.observe("decode", 512**2, 1000 * MB)
+    video = request("video")
+    video.volume = 100 * 512**2
+    assert budget.fits([video], request("a"))
+    assert not budget.fits([request("a")], video), "none like it is begun beside others"
+    assert not budget.fits([video, *[request("b")] * 900], request("a")), "states take what there is"
+
+
 def test_a_request_beyond_the_seats_waits_and_a_short_one_takes_the_next(clock):
     device = make(clock, max_num_seqs=1, max_batch_size=1)
     device.add(request("long", side=1024, steps=10))

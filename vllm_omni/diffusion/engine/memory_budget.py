@@ -50,13 +50,21 @@ class MemoryBudget:
         return self._num_measured[kind, volume] > 1
 
     def fits(self, running: Iterable[ScheduledRequest], candidate: ScheduledRequest) -> bool:
-        """Whether ``candidate`` can join. Alone it can in any case: running it is how its need is measured."""
-        together = [*running, candidate]
-        if len(together) == 1:
+        """Whether ``candidate`` can join. Alone it can in any case: running it is how its need is measured.
+
+        One that runs and is reckoned to need more than there is, as a video whose decoding has only been measured on
+        pictures, keeps nobody out who fits beside its state.
+        """
+        running = list(running)
+        if not running:
             return True
         if self._capacity is None or not self._measured["state"]:
             return not self._is_cautious
-        return self._states(together) + max(self._work(item) for item in together) <= self._capacity
+        most, states = max(self._work(item) for item in running), self._states(running)
+        if states + most > self._capacity:
+            most = 0.0
+        added = self._states([candidate])
+        return states + added + max(most, self._work(candidate)) <= self._capacity
 
     def rows_that_fit(self, running: Iterable[ScheduledRequest], leader: ScheduledRequest, num_rows: int) -> int:
         """At most ``num_rows``, and at least those of ``leader``, so that a step of so many rows fits."""

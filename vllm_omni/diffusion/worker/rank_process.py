@@ -40,16 +40,19 @@ class _Heart(threading.Thread):
         self._clock = time.pthread_getcpuclockid(threading.main_thread().ident or 0)
 
     def run(self) -> None:
-        used, active = time.clock_gettime(self._clock), time.monotonic()
+        used, beaten, idle_s = time.clock_gettime(self._clock), time.monotonic(), 0.0
         while True:
             time.sleep(_BEAT_S)
             now_used, now = time.clock_gettime(self._clock), time.monotonic()
             if not self.is_executing or self._status.waiting_for is not None or now_used - used > _BUSY_CPU_S:
-                active = now
-            used = now_used
+                idle_s = 0.0
+            else:
+                # While the heart itself did not beat, the whole process or machine stood still: no sign of a hang.
+                idle_s += min(now - beaten, 2 * _BEAT_S)
+            used, beaten = now_used, now
             try:
                 with self._lock:
-                    self._channel.send(RankBeat(idle_s=now - active, waiting_for=self._status.waiting_for))
+                    self._channel.send(RankBeat(idle_s=idle_s, waiting_for=self._status.waiting_for))
             except OSError:
                 os._exit(1)
 

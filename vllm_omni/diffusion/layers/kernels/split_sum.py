@@ -144,13 +144,18 @@ def split_sum_linear(
 
 
 def choose_tile(num_rows: int, num_features: int, width: int, device: torch.device) -> Tile | None:
-    """The tile for a product, or None where cuBLAS is to compute it."""
-    if num_rows > _MAX_ROWS or width % _CHUNK or not _is_hopper(device):
+    """The tile for a product, or None where cuBLAS is to compute it: wide outputs give it work for all it has.
+
+    From a sweep over tiles on an H100 (128 rows, microseconds, cuBLAS before): 12288 to 3072 features 32.2 and 22.3,
+    3072 to 3072 11.6 and 8.4; to 9216 and 12288 features none was faster.
+    """
+    if num_rows > _MAX_ROWS or num_features > 4096 or width % _CHUNK or not _is_hopper(device):
         return None
     rows = 64 if num_rows <= 64 else 128
-    tiles = -(-num_rows // rows) * -(-num_features // 64)
-    parts = next(count for count in (8, 4, 3, 2, 1) if width // _CHUNK % count == 0 and count * max(tiles, 38) < 300)
-    return Tile(rows, 64, parts)
+    if width < 8192:
+        return Tile(rows, 32, 1)
+    parts = 2 if width // _CHUNK % 2 == 0 else 1
+    return Tile(rows, 64, parts) if num_rows <= 128 else Tile(rows, 128, parts, warps=8)
 
 
 @functools.lru_cache
