@@ -22,6 +22,9 @@ from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
 
+# Sums over ranks are waited for where they are needed: one stream of tokens computes while another is summed.
+_LATE_WAITS = {"reorder_for_compute_comm_overlap": True, "reorder_for_compute_comm_overlap_passes": ["sink_waits"]}
+
 
 class CompiledBlocks:
     """What became of the compilation of a pipeline's blocks. It starts with the first call of a block."""
@@ -75,7 +78,8 @@ def apply_compile(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> Compil
                 # hooks of the block run as they are.
                 # Weights that FSDP puts in place are arguments of the code: their sizes must not become symbols.
                 dynamic = None if od_config.parallel_config.use_hsdp else True
-                block.forward = _compiled(block.forward, blocks, dynamic)
+                options = _LATE_WAITS if od_config.parallel_config.tensor_parallel_size > 1 else None
+                block.forward = _compiled(block.forward, blocks, dynamic, options)
     return blocks
 
 
@@ -87,9 +91,11 @@ def repeated_blocks(pipeline: nn.Module) -> Iterator[tuple[nn.Module, set[str]]]
             yield module, names
 
 
-def _compiled(forward: Callable[..., Any], blocks: CompiledBlocks, dynamic: bool | None) -> Callable[..., Any]:
+def _compiled(
+    forward: Callable[..., Any], blocks: CompiledBlocks, dynamic: bool | None, options: dict[str, Any] | None
+) -> Callable[..., Any]:
     """``forward``, compiled; as it is written where that cannot be, which ``blocks`` then tells."""
-    compiled = torch.compile(forward, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(forward, fullgraph=True, dynamic=dynamic, options=options)
 
     def compiled_or_eager(*args: Any, **kwargs: Any) -> Any:
         if blocks.failure is not None:

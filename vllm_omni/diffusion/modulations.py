@@ -25,8 +25,8 @@ from vllm_omni.diffusion.sequences import concatenate
 from vllm_omni.diffusion.staged_forward import Conditioning, StagedForward
 from vllm_omni.diffusion.step_memory import ForwardRow, PreparedSteps, current_forward_rows
 
-# What a request holds grows with it, 140 MB for 32 steps of a large model; what it saves hardly does beyond.
-STEPS_AHEAD = 32
+# What a request holds grows with it, 220 MB for 50 steps of a large model; what it saves hardly does beyond.
+STEPS_AHEAD = 64
 
 
 class PreparedModulations:

@@ -164,8 +164,9 @@ class ModelRunner:
         states = [running.state for running in group if running.state is not None]
         if not states:
             return
+        plan = self._plan
         try:
-            self._plan = denoise_step(states, self.pipeline, max_batch_size, self._plan)
+            self._plan = denoise_step(states, self.pipeline, max_batch_size, plan)
         except Exception as error:
             self._plan = None
             self._platform.empty_cache()
@@ -178,7 +179,7 @@ class ModelRunner:
                 return
             for state in states:
                 self._guard(result, state.request_id, denoise_step, [state], self.pipeline, 1)
-        self._limit_steps_ahead()
+        self._limit_steps_ahead(is_known=plan is self._plan)
 
     def _timed_step(self, group: Sequence[_Running], command: WorkerCommand, result: WorkerResult) -> None:
         """Where the device runs behind the host, a step's time shows only while the same requests go on."""
@@ -214,10 +215,11 @@ class ModelRunner:
     def _run_whole(self, running: _Running) -> None:
         running.output = self.pipeline.forward(running.request).output
 
-    def _limit_steps_ahead(self) -> None:
+    def _limit_steps_ahead(self, *, is_known: bool) -> None:
         self._steps_ahead.append(self._platform.record())
         with waiting_for("device"):
-            while len(self._steps_ahead) >= (2 if self._step_s < _LONG_STEP_S else 1):
+            # Steps of another plan tell nothing of how long one takes.
+            while len(self._steps_ahead) >= (2 if is_known and self._step_s < _LONG_STEP_S else 1):
                 self._steps_ahead.popleft()()
         now = time.perf_counter()
         self._step_s, self._waited_at = now - self._waited_at, now
