@@ -215,10 +215,9 @@ class ModelRunner:
     def _run_whole(self, running: _Running) -> None:
         running.output = self.pipeline.forward(running.request).output
 
-    def _limit_steps_ahead(self, *, is_known: bool) -> None:
+    def _limit_steps_ahead(self, *, is_known: bool) -> None:  # steps of another plan tell nothing of this one's time
         self._steps_ahead.append(self._platform.record())
         with waiting_for("device"):
-            # Steps of another plan tell nothing of how long one takes.
             while len(self._steps_ahead) >= (2 if is_known and self._step_s < _LONG_STEP_S else 1):
                 self._steps_ahead.popleft()()
         now = time.perf_counter()
