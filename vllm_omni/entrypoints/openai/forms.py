@@ -46,7 +46,9 @@ async def read_form(request: Request, file_names: Collection[str]) -> tuple[File
         raise ApiError(400, "the charset of a form must be utf-8", code="invalid_body", param="body")
     max_size = server_of(request).config.max_body_mb * 2**20
     try:
-        async with request.form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=max_size) as form:
+        async with _in_small_letters(request).form(
+            max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=max_size
+        ) as form:
             return await _split(form, file_names)
     except HTTPException as error:
         if error.status_code != 400:
@@ -71,6 +73,15 @@ def from_form(model: type[_Model], fields: Iterable[tuple[str, str]]) -> _Model:
 def _content_type(request: Request) -> tuple[bytes, dict[bytes, bytes]]:
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     return kind.lower(), options
+
+
+def _in_small_letters(request: Request) -> Request:
+    """With the type of its body so written, the only way in which Starlette 1.7 knows it (the last for Python 3.10)."""
+    headers = []
+    for name, value in request.scope["headers"]:
+        kind, separator, options = value.partition(b";")
+        headers.append((name, kind.lower() + separator + options if name == b"content-type" else value))
+    return Request({**request.scope, "headers": headers}, request.receive)
 
 
 async def _split(form: FormData, file_names: Collection[str]) -> tuple[Files, Fields]:
