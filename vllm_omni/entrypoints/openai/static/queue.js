@@ -8,6 +8,7 @@ const NUM_FINISHED = 10;
 const WORDS = { aborted: "cancelled" };
 const dialog = byId("queue");
 let timer = null;
+let isPressed = false;
 
 export async function open() {
   byId("queue-empty").textContent = "Asking the server …";
@@ -30,6 +31,8 @@ async function refresh() {
 }
 
 function show(requests) {
+  // New rows under a pressed button would lose its click. The next answer is a second away.
+  if (isPressed) return;
   const live = requests.filter((request) => request.finished_at === null);
   const finished = requests.filter((request) => request.finished_at !== null);
   finished.sort((a, b) => b.finished_at - a.finished_at);
@@ -72,4 +75,6 @@ async function end(id) {
 export function wire() {
   byId("open-queue").addEventListener("click", open);
   dialog.addEventListener("close", () => clearTimeout(timer));
+  byId("queue-list").addEventListener("pointerdown", () => (isPressed = true));
+  for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => setTimeout(() => (isPressed = false)));
 }
