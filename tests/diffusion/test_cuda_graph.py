@@ -11,17 +11,14 @@ import torch
 from benchmarks.full_size_models import MODELS
 from tests import tiny_flux
 from tests.diffusion.cache.toy import NUM_BLOCKS, TOKENS, WIDTH, Toy
+from tests.full_size import one_block
 from vllm_omni import Omni, OmniDiffusionSamplingParams
 from vllm_omni.diffusion import cuda_graph
 from vllm_omni.diffusion.cuda_graph import GraphedBlocks, apply_cuda_graphs
-from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.sequence_parallel import sharded_forward
 from vllm_omni.diffusion.layers import kernels, linear_method
-from vllm_omni.diffusion.model_loader.components import default_dtype, fill_with_random_weights
 from vllm_omni.diffusion.modulations import prepare_modulations
-from vllm_omni.diffusion.quantization import quantized_linears
 from vllm_omni.diffusion.step_memory import ForwardRow, StepMemory, forward_rows
-from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 
 
 def repeat_instead_of_replaying(shapes, run):
@@ -150,19 +147,7 @@ def test_compiled_and_graphed_pictures_are_those_of_eager_execution(side, tmp_pa
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("quantization", [None, "fp8"])
 def test_nothing_in_a_forward_waits_for_the_device(name, quantization):
-    model = MODELS[name]
-    config = model.transformer_config | {"num_layers": 1}
-    config |= {"num_single_layers": 1} if "num_single_layers" in config else {}
-    od_config = OmniDiffusionConfig.from_options(
-        model=str(model.path), model_class_name="", device="cuda", dtype="bfloat16", quantization=quantization
-    )
-    with torch.device("cuda"), default_dtype(torch.bfloat16), quantized_linears(od_config):
-        transformer = model.our_class()(**get_transformer_config_kwargs(config, model.our_class()))
-    fill_with_random_weights(transformer)
-    inputs = {
-        key: value.cuda() if isinstance(value, torch.Tensor) else value
-        for key, value in model.inputs(True, 256, 256).items()
-    }
+    transformer, inputs, od_config = one_block(name, quantization)
     with torch.inference_mode():
         transformer(**inputs)
         prepare_modulations(transformer, od_config)

@@ -7,19 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.full_size_models import MODELS
 from tests import tiny_flux, tiny_qwen_edit
+from tests.full_size import one_block
 from tests.parity import relative_difference
 from vllm_omni import Omni, OmniDiffusionSamplingParams
 from vllm_omni.diffusion import modulations
-from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.denoise import denoise_step
 from vllm_omni.diffusion.layers.linear import LinearBase, ModulationLinear
-from vllm_omni.diffusion.model_loader.components import default_dtype, fill_with_random_weights
 from vllm_omni.diffusion.modulations import PreparedModulations, prepare_modulations
-from vllm_omni.diffusion.quantization import quantized_linears
 from vllm_omni.diffusion.step_memory import ForwardRow, StepMemory, forward_rows
-from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 
 NUM_BLOCKS = 2  # of each kind, in the tiny models
 SAME = 1e-5  # of latents in float32, relative
@@ -203,19 +199,7 @@ def test_sharded_weights_and_conditions_of_a_step_are_left_to_each_step(load, pr
 @pytest.mark.parametrize("name", ["flux", "qwen-image"])
 @pytest.mark.parametrize("quantization", [None, "fp8"])
 def test_a_full_size_block_takes_prepared_modulations(name, quantization):
-    model = MODELS[name]
-    config = model.transformer_config | {"num_layers": 1}
-    config |= {"num_single_layers": 1} if "num_single_layers" in config else {}
-    od_config = OmniDiffusionConfig.from_options(
-        model=str(model.path), model_class_name="", device="cuda", dtype="bfloat16", quantization=quantization
-    )
-    with torch.device("cuda"), default_dtype(torch.bfloat16), quantized_linears(od_config):
-        transformer = model.our_class()(**get_transformer_config_kwargs(config, model.our_class()))
-    fill_with_random_weights(transformer)
-    inputs = {
-        key: value.cuda() if isinstance(value, torch.Tensor) else value
-        for key, value in model.inputs(True, 256, 256).items()
-    }
+    transformer, inputs, od_config = one_block(name, quantization)
     prepare_modulations(transformer, od_config)
     timesteps = torch.tensor([900.0, 500.0, 100.0, 90.0, 80.0, 70.0], device="cuda")
     memory = StepMemory()

@@ -23,7 +23,7 @@ class WorkerCommand:
 
     @property
     def is_empty(self) -> bool:
-        return not (self.release or self.prepare or self.decode or self.step)
+        return not self.release and self.only_releases
 
     @property
     def only_releases(self) -> bool:

@@ -179,7 +179,7 @@ class ModelRunner:
                 return
             for state in states:
                 self._guard(result, state.request_id, denoise_step, [state], self.pipeline, 1)
-        self._limit_steps_ahead(is_known=plan is self._plan)
+        self._limit_steps_ahead(is_known=plan is not None and plan is self._plan)
 
     def _timed_step(self, group: Sequence[_Running], command: WorkerCommand, result: WorkerResult) -> None:
         """Where the device runs behind the host, a step's time shows only while the same requests go on."""
