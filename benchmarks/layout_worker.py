@@ -33,10 +33,10 @@ _WARM_UP_STEPS = 3  # the first one compiles, and the third one captures
 _held: dict[str, Any] = {}  # the worker of this process and its configuration
 
 
-def begin(folder: str, device_type: str, options: dict[str, Any], layout_name: str, peers: bool) -> dict[str, Any]:
-    """Load the model in a layout, with NCCL alone unless ranks may write to each other's memory (``peers``)."""
+def begin(folder: str, device_type: str, options: dict[str, Any], layout_name: str, nccl: bool) -> dict[str, Any]:
+    """Load the model in a layout; with ``nccl``, ranks leave each other's memory alone."""
     started = time.perf_counter()
-    os.environ["VLLM_OMNI_PEER_MEMORY"] = str(int(peers))
+    os.environ["VLLM_OMNI_PEER_MEMORY"] = str(int(not nccl))
     device = f"cuda:{dist.get_rank()}" if device_type == "cuda" else device_type
     config = configure(folder, {"device": device, "load_format": "dummy", **options, **LAYOUTS[layout_name]})
     layout = ParallelLayout.from_config(config.parallel_config)
@@ -46,7 +46,7 @@ def begin(folder: str, device_type: str, options: dict[str, Any], layout_name: s
         torch.cuda.empty_cache()
     return {
         "load_s": round(time.perf_counter() - started, 1),
-        "peers": groups.ulysses.peers is not None,
+        "peers": any(group.peers is not None for group in (groups.tp, groups.ulysses, groups.ring)),
         "environment": environment(torch.device(device)),
     }
 

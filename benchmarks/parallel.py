@@ -41,7 +41,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--timeout-s", type=float, default=60, help="of each part of a layout, compilation included")
     parser.add_argument("--deadline-s", type=float, default=float("inf"), help="begin no layout after this time")
-    parser.add_argument("--peer-memory", action="store_true", help="with VLLM_OMNI_PEER_MEMORY=1")
+    parser.add_argument("--nccl", action="store_true", help="with VLLM_OMNI_PEER_MEMORY=0")
     parser.add_argument("--profile", type=Path, help="folder for a profile of one step of each case; only on GPUs")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -93,7 +93,7 @@ def compared(results: dict[str, Any]) -> dict[str, float]:
 def run_layout(pool: RankPool, args: argparse.Namespace, folder: Path, layout: str) -> Iterator[Any]:
     """What is measured of a layout, bit by bit: pairs of a name and a value."""
     options = {"enforce_eager": args.eager, **({"dtype": "bfloat16"} if args.device == "cuda" else {})}
-    loaded = pool.run(begin, str(folder), args.device, options, layout, args.peer_memory, timeout_s=args.timeout_s)
+    loaded = pool.run(begin, str(folder), args.device, options, layout, args.nccl, timeout_s=args.timeout_s)
     yield "load_s", max(report["load_s"] for report in loaded)
     yield "peers", loaded[0]["peers"]
     yield "environment", loaded[0]["environment"]

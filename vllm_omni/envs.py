@@ -16,8 +16,8 @@ def log_level() -> str:
 
 
 def uses_peer_memory() -> bool:
-    """``VLLM_OMNI_PEER_MEMORY``: 1 lets ranks of Ulysses write to each other's memory; else they use NCCL alone."""
-    return os.environ.get("VLLM_OMNI_PEER_MEMORY") == "1"
+    """``VLLM_OMNI_PEER_MEMORY``: 0 keeps ranks of one machine from using each other's memory; they use NCCL alone."""
+    return os.environ.get("VLLM_OMNI_PEER_MEMORY") != "0"
 
 
 def api_key() -> str | None:

@@ -1,8 +1,7 @@
-"""Ranks of Ulysses that write to each other's memory exchange the very bits that collectives exchange."""
+"""Ranks that use each other's memory have the very bits that they have by collectives."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from functools import partial
 from unittest import mock
@@ -11,12 +10,15 @@ import pytest
 import torch
 
 from benchmarks.rank_pool import RankPool
-from tests.parallel.toy_transformer import FileMemory, with_peers
+from tests.parallel.toy_transformer import FileBuffer, FileMemory, with_peers
 from vllm_omni.diffusion.attention.exchange import heads_for_tokens, tokens_for_heads
+from vllm_omni.diffusion.attention.sequence_parallel import _pass_on, _pass_to_peer
 from vllm_omni.diffusion.distributed.groups import build_groups
 from vllm_omni.diffusion.distributed.layout import ParallelLayout
-from vllm_omni.diffusion.distributed.peer_memory import carries
+from vllm_omni.diffusion.distributed.peer_memory import carries, exchange_sequence
 from vllm_omni.diffusion.distributed.sequence_parallel import shard_lengths
+from vllm_omni.diffusion.layers.linear import RowParallelLinear
+from vllm_omni.diffusion.layers.peer_sums import sum_over_peers_op, summed_linear_op
 
 # Batch, text tokens, tokens of each rank, query heads, key/value heads, head size, dtype. In turn, so that an exchange
 # follows one of another shape.
@@ -44,7 +46,7 @@ def inputs_of(shape, seed, device):
 
 
 def exchanged(inputs, shape, group):
-    """What a rank has of the heads, and of the tokens after the way back."""
+    """What a rank of Ulysses has of the heads, and of the tokens after the way back."""
     _, num_text, lengths, heads, kv_heads, _, _ = shape
     by_rank, kv_by_rank = shard_lengths(heads, group.size), shard_lengths(kv_heads, group.size)
     wait_for_other(group, 0)
@@ -54,6 +56,55 @@ def exchanged(inputs, shape, group):
     return [*kept, heads_for_tokens(there[0], num_text, lengths, by_rank, group)]
 
 
+def passed(inputs, shape, group):
+    """What comes to a rank of a ring in three turns: an odd number, so that turns of one graph meet those of others."""
+    _, num_text, lengths, _, _, _, _ = shape
+    pass_on = _pass_on if group.peers is None else _pass_to_peer
+    came = []
+    for turn in range(3):
+        block = torch.stack([x[:, num_text:] + turn for x in inputs[1:]])
+        wait_for_other(group, turn % 2)
+        arrived = pass_on(block, lengths[1 - group.rank], max(lengths), group)
+        came.append(arrived().clone())
+    return came
+
+
+def summed(inputs, shape, group):
+    """Three sums of tensor-parallel ranks: of a product, of numbers, and of a product of two inputs without a bias."""
+    _, num_text, lengths, _, _, _, dtype = shape
+    x, more = (y[:, : num_text + min(lengths)].flatten(2) for y in inputs[:2])
+    generator = torch.Generator(x.device).manual_seed(group.rank)
+    whole = x.shape[-1] + more.shape[-1]
+    weight = torch.randn(x.shape[-1], whole, device=x.device, generator=generator).to(dtype)
+    bias = torch.randn(x.shape[-1], device=x.device, generator=generator).to(dtype)
+    own = weight[:, : x.shape[-1]]
+    if group.peers is None:
+        product = torch.addmm(bias, x.flatten(0, 1), own.t())
+        of_two = torch.mm(x.flatten(0, 1), own.t()).addmm_(more.flatten(0, 1), weight[:, x.shape[-1] :].t())
+        return [added(y.view_as(x), group) for y in (product, x, of_two)]
+    sums = []
+    for turn, one in enumerate(
+        (
+            lambda: summed_linear_op([x], own, bias, group.name),
+            lambda: sum_over_peers_op(x, group.name),
+            lambda: summed_linear_op([x, more], weight, None, group.name),
+        )
+    ):
+        wait_for_other(group, turn % 2)
+        sums.append(one())
+    return sums
+
+
+def added(x, group):
+    parts = [torch.empty_like(x) for _ in range(group.size)]
+    torch.distributed.all_gather(parts, x.contiguous(), group=group.process_group)
+    return parts[0] + parts[1]
+
+
+# What ranks of a group exchange, and how many tensors they then have.
+KINDS = {"tp": (summed, 3), "ulysses": (exchanged, 4), "ring": (passed, 3)}
+
+
 def wait_for_other(group, turn):
     """Let this rank's GPU be late by some tens of microseconds every other time, the other one's in between."""
     if torch.cuda.is_available() and group.peers is not None and group.rank == turn:
@@ -61,35 +112,37 @@ def wait_for_other(group, turn):
 
 
 @torch.inference_mode()
-def count_differences(device_type, shapes, num_rounds, folder=None):
-    """How many tensors differ, of how many: as they are called and, on GPUs, as CUDA graphs."""
-    with mock.patch.dict(os.environ, VLLM_OMNI_PEER_MEMORY="1"):
-        groups = build_groups(ParallelLayout(ulysses=2), device_type)
-    peers = (groups if folder is None else with_peers(groups, folder)).ulysses
+def count_differences(device_type, kind, shapes, num_rounds, folder=None):
+    """How many tensors differ, of how many: as they are called, as sequences and, on GPUs, as CUDA graphs."""
+    groups = build_groups(ParallelLayout(**{kind: 2}), device_type)
+    peers = getattr(groups if folder is None else with_peers(groups, folder), kind)
     assert peers.peers is not None, "these GPUs do not reach each other's memory"
+    exchange, _ = KINDS[kind]
     collective = replace(peers, peers=None)
     device = torch.device(device_type, torch.cuda.current_device() if device_type == "cuda" else None)
     rounds = [(shape, 2 * index + peers.rank) for index in range(num_rounds) for shape in shapes]
-    found = [exchanged(inputs_of(shape, seed, device), shape, peers) for shape, seed in rounds]
+    found = [exchange(inputs_of(shape, seed, device), shape, peers) for shape, seed in rounds]
     if device_type == "cuda":
-        found += replayed(rounds, shapes, peers, device)
-        rounds = rounds + rounds
+        found += replayed(exchange, rounds, shapes, peers, device)
+    else:
+        with exchange_sequence():
+            found += [exchange(inputs_of(shape, seed, device), shape, peers) for shape, seed in rounds]
     differing = total = 0
-    for (shape, seed), tensors in zip(rounds, found, strict=True):
-        expected = exchanged(inputs_of(shape, seed, device), shape, collective)
+    for (shape, seed), tensors in zip(rounds + rounds, found, strict=True):
+        expected = exchange(inputs_of(shape, seed, device), shape, collective)
         differing += sum(not torch.equal(ours, other) for ours, other in zip(tensors, expected, strict=True))
         total += len(expected)
     return differing, total
 
 
-def replayed(rounds, shapes, group, device):
-    """What graphs of :func:`exchanged` give, one for each shape."""
+def replayed(exchange, rounds, shapes, group, device):
+    """What graphs of ``exchange`` give, one for each shape."""
     graphs = {}
     for shape in shapes:
         inputs, graph = inputs_of(shape, 0, device), torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            outputs = exchanged(inputs, shape, group)
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"), exchange_sequence():
+            outputs = exchange(inputs, shape, group)
         graphs[shape] = (graph, inputs, outputs)
     found = []
     for shape, seed in rounds:
@@ -101,8 +154,49 @@ def replayed(rounds, shapes, group, device):
     return found
 
 
-def test_shared_files_carry_the_bits_of_gloo(two_ranks, tmp_path):
-    assert two_ranks.run(count_differences, "cpu", SMALL, 2, str(tmp_path)) == [(0, 24)] * 2
+@pytest.mark.parametrize("kind", KINDS)
+def test_shared_files_carry_the_bits_of_gloo(two_ranks, tmp_path, kind):
+    num_tensors = KINDS[kind][1] * len(SMALL) * 2 * 2
+    assert two_ranks.run(count_differences, "cpu", kind, SMALL, 2, str(tmp_path)) == [(0, num_tensors)] * 2
+
+
+def barriers_of_turns(folder):
+    """Where turns lie that follow each other, apart, and in another sequence; and how many barriers they began with."""
+    memory = FileMemory(folder, build_groups(ParallelLayout(tp=2), "cpu").tp)
+    with mock.patch.object(FileBuffer, "barrier") as barrier:
+        places = []
+        for num_turns in (3, 2):
+            with exchange_sequence():
+                places.append([memory.turn("sums", 8) for _ in range(num_turns)])
+        in_sequences = barrier.call_count
+        places.append([memory.turn("sums", 8) for _ in range(2)])
+        return (
+            [[memory._buffers["sums-1"][0] is place for place in of] for of in places],
+            in_sequences,
+            barrier.call_count,
+        )
+
+
+def test_only_turns_that_follow_each_other_do_without_a_barrier_before_them(two_ranks, tmp_path):
+    places = [[False, True, False], [True, False], [True, False]]
+    assert two_ranks.run(barriers_of_turns, str(tmp_path)) == [(places, 2, 4)] * 2
+
+
+def compiled_sum(folder):
+    """Whether a compiled layer of two ranks gives what it gives eagerly by collectives, for two numbers of rows."""
+    groups = build_groups(ParallelLayout(tp=2), "cpu")
+    layers = []
+    for given in (groups, with_peers(groups, folder)):
+        layers.append(RowParallelLinear(8, 6, tp=given.tp))
+        torch.nn.init.constant_(layers[-1].weight, 0.5 + groups.tp.rank)
+        torch.nn.init.constant_(layers[-1].bias, 2.0 - groups.tp.rank)
+    compiled = torch.compile(layers[1], fullgraph=True, dynamic=True, backend="aot_eager")
+    inputs = [torch.arange(4.0 * rows).view(1, rows, 4) for rows in (3, 5)]
+    return all(torch.equal(compiled(x), layers[0](x)) for x in inputs)
+
+
+def test_a_compiled_layer_sums_over_memory_of_peers(two_ranks, tmp_path):
+    assert two_ranks.run(compiled_sum, str(tmp_path)) == [True] * 2
 
 
 def finds_what_was_written(folder, *, astray):
@@ -121,9 +215,14 @@ def test_memory_that_does_not_carry_is_found_at_the_start(two_ranks, tmp_path, a
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_memory_of_peers_carries_the_bits_of_nccl():
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_of_peers_carries_the_bits_of_nccl(gpus, kind):
+    num_tensors = KINDS[kind][1] * len(LARGE) * 8 * 2
+    assert gpus.run(count_differences, "cuda", kind, LARGE, 8) == [(0, num_tensors)] * 2
+
+
+@pytest.fixture
+def gpus():
     pool = RankPool(2, "cuda", timeout_s=40, preload=[__name__])
-    try:
-        assert pool.run(count_differences, "cuda", LARGE, 8) == [(0, 2 * 8 * 6 * 4)] * 2
-    finally:
-        pool.close()
+    yield pool
+    pool.close()

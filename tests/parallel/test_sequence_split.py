@@ -155,15 +155,17 @@ def test_plans_of_the_guide_work_on_a_transformer_that_knows_nothing_of_ranks(tw
         assert_same(*answer)
 
 
+@pytest.mark.parametrize("ring", [1, 2])
 @pytest.mark.parametrize("kind", ["whole sequence", "text in front"])
-def test_ranks_that_write_to_each_others_memory_exchange_the_same(two_ranks, tmp_path, kind):
-    for answer in two_ranks.run(run_toy, kind, 1, 2, str(tmp_path)):
+def test_ranks_that_write_to_each_others_memory_exchange_the_same(two_ranks, tmp_path, kind, ring):
+    for answer in two_ranks.run(run_toy, kind, ring, 2 // ring, str(tmp_path)):
         assert_same(*answer)
 
 
 @pytest.mark.parallel
 @pytest.mark.parametrize(
-    ("ring", "ulysses", "peers"), [(2, 2, False), (4, 1, False), (1, 4, False), (2, 2, True), (1, 4, True)]
+    ("ring", "ulysses", "peers"),
+    [(2, 2, False), (4, 1, False), (1, 4, False), (2, 2, True), (4, 1, True), (1, 4, True)],
 )
 def test_more_ranks_exchange_the_same(four_ranks, tmp_path, ring, ulysses, peers):
     for answer in four_ranks.run(run_toy, "text in front", ring, ulysses, str(tmp_path) if peers else None):

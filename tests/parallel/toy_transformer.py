@@ -12,6 +12,7 @@ from tests.parallel.generation import groups_of
 from vllm_omni.diffusion.attention.layer import Attention, AttentionMetadata
 from vllm_omni.diffusion.distributed.groups import parallel_groups
 from vllm_omni.diffusion.distributed.layout import ParallelLayout
+from vllm_omni.diffusion.distributed.peer_memory import PeerMemory
 from vllm_omni.diffusion.distributed.sequence_hooks import apply_sequence_plans
 from vllm_omni.diffusion.distributed.sequence_parallel import (
     SequenceParallelInput,
@@ -68,22 +69,23 @@ def _plan(kind):
     return {"": {"hidden_states": split, "positions": split}, **gather}
 
 
-class FileMemory:
+class FileMemory(PeerMemory):
     """What :class:`PeerMemory` is on GPUs, in files that processes share."""
 
     def __init__(self, folder, group):
+        super().__init__(torch.device("cpu"), group.process_group)
         self.folder, self.group = folder, group
         self.members = dist.get_process_group_ranks(group.process_group)
 
-    def buffer(self, name, num_bytes):
-        return FileBuffer([f"{self.folder}/{name}-{self.members}-{rank}" for rank in self.members], num_bytes, self)
+    def _new_buffer(self, name, num_bytes):
+        paths = [f"{self.folder}/{name}-{self.members}-{rank}" for rank in self.members]
+        return FileBuffer(paths, num_bytes, self)
 
 
 class FileBuffer:
     def __init__(self, paths, num_bytes, memory):
-        self.memory = memory
-        self.maps = [torch.from_file(path, shared=True, size=1 << 20, dtype=torch.uint8) for path in paths]
-        assert num_bytes <= 1 << 20
+        self.memory, self.num_bytes = memory, num_bytes
+        self.maps = [torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8) for path in paths]
 
     def on(self, rank, shape, dtype):
         return self.maps[rank].view(dtype)[: torch.Size(shape).numel()].view(shape)
@@ -93,8 +95,12 @@ class FileBuffer:
 
 
 def with_peers(groups, folder):
-    """The groups with memory that the ranks of Ulysses write to."""
-    return replace(groups, ulysses=replace(groups.ulysses, peers=FileMemory(folder, groups.ulysses)))
+    """The groups with memory that ranks of Ulysses, of a ring and of tensor parallelism write to."""
+    kinds = {name: getattr(groups, name) for name in ("ulysses", "ring", "tp")}
+    with_memory = {
+        name: replace(group, peers=FileMemory(folder, group)) for name, group in kinds.items() if group.size > 1
+    }
+    return replace(groups, **with_memory)
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from torch import nn
 
 from vllm_omni.diffusion.compile import repeated_blocks
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.peer_memory import exchange_sequence
 from vllm_omni.diffusion.distributed.sequence_parallel import current_sharded_forward
 from vllm_omni.diffusion.staged_forward import RowInputs, StagedForward, Streams
 from vllm_omni.errors import first_line
@@ -101,7 +102,7 @@ class GraphedBlocks:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Only this thread is kept from calls that a capture does not allow.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"), exchange_sequence():
             shapes.outputs = run()
         shapes.graph = graph
 

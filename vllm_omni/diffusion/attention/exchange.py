@@ -83,11 +83,18 @@ def _tokens_by_peers(
     dtype, size = by_rank[0][0].dtype, by_rank[0][0].element_size()
     buffer = group.peers.buffer("tokens", max(shape.numel() for shape in shapes) * size)
     start = num_text + sum(lengths[: group.rank])
-    for rank, (parts, shape) in enumerate(zip(by_rank, shapes, strict=True)):
-        target = buffer.on(rank, shape, dtype)[start : start + lengths[group.rank]]
-        _join_heads(target, [x[:, num_text:] for x in parts])
     whole = buffer.on(group.rank, shapes[group.rank], dtype)
-    _join_heads(whole[:num_text], [x[:, :num_text] for x in by_rank[group.rank]])
+
+    def write(rank: int, target: torch.Tensor) -> None:
+        _join_heads(target[start : start + lengths[group.rank]], [x[:, num_text:] for x in by_rank[rank]])
+
+    with group.peers.beside():  # links are slower than memory
+        write(group.rank, whole)
+        _join_heads(whole[:num_text], [x[:, :num_text] for x in by_rank[group.rank]])
+    for rank, shape in enumerate(shapes):
+        if rank != group.rank:
+            write(rank, buffer.on(rank, shape, dtype))
+    group.peers.join()
     buffer.barrier()
     return whole
 
@@ -119,10 +126,17 @@ def _heads_by_peers(
     of_rank = [slice(*pair) for pair in itertools.pairwise(starts)]
     # A tensor of its own: the next exchange writes to the buffer.
     whole = text.new_empty(shapes[group.rank])
-    for rank, (shape, image) in enumerate(zip(shapes, images, strict=True)):
-        target = (whole if rank == group.rank else buffer.on(rank, shape, text.dtype))[:, :, of_rank[group.rank]]
-        copy_rows(target[:num_text], text)
-        copy_rows(target[num_text:], image)
+
+    def write(rank: int, target: torch.Tensor) -> None:
+        copy_rows(target[:num_text, :, of_rank[group.rank]], text)
+        copy_rows(target[num_text:, :, of_rank[group.rank]], images[rank])
+
+    with group.peers.beside():
+        write(group.rank, whole)
+    for rank, shape in enumerate(shapes):
+        if rank != group.rank:
+            write(rank, buffer.on(rank, shape, text.dtype))
+    group.peers.join()
     buffer.barrier()
     came = buffer.on(group.rank, shapes[group.rank], text.dtype)
     for rank, theirs in enumerate(of_rank):

@@ -11,7 +11,7 @@ size.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -108,25 +108,24 @@ def _ring_attention(
     result = None
     for turn in range(group.size):
         place = (group.rank - turn) % group.size
-        coming, requests = block, list[dist.Work]()
-        if turn + 1 < group.size:
-            coming, requests = _pass_on(block, lengths[(place - 1) % group.size], group)
+        is_last = turn + 1 == group.size
+        if not is_last:
+            pass_on = _pass_on if group.peers is None else _pass_to_peer
+            arrived = pass_on(block, lengths[(place - 1) % group.size], max(lengths), group)
         if turn == 0:
             result = attention_with_lse(backend, query, key, value, softmax_scale, own_mask)
         else:
             part = attention_with_lse(backend, query, block[0], block[1], softmax_scale, mask_of(place))
             assert result is not None
             result = merge(result, part)
-        with waiting_for("ranks"):
-            for request in requests:
-                request.wait()
-        block = coming
+        if not is_last:
+            block = arrived()
     assert result is not None, "a ring has at least one place"
     return result[0].to(query.dtype)
 
 
-def _pass_on(block: torch.Tensor, coming_length: int, group: RankGroup) -> tuple[torch.Tensor, list[dist.Work]]:
-    """Send keys and values to the next place while those of the place before come in."""
+def _pass_on(block: torch.Tensor, coming_length: int, longest: int, group: RankGroup) -> Callable[[], torch.Tensor]:
+    """Send keys and values to the next place while those of the place before come in. Returns what waits for them."""
     coming = block.new_empty(2, block.shape[1], coming_length, *block.shape[3:])
     following, before = (group.rank + 1) % group.size, (group.rank - 1) % group.size
     requests = dist.batch_isend_irecv(
@@ -135,4 +134,31 @@ def _pass_on(block: torch.Tensor, coming_length: int, group: RankGroup) -> tuple
             dist.P2POp(dist.irecv, coming, group=group.process_group, group_peer=before),
         ]
     )
-    return coming, requests
+
+    def arrived() -> torch.Tensor:
+        with waiting_for("ranks"):
+            for request in requests:
+                request.wait()
+        return coming
+
+    return arrived
+
+
+def _pass_to_peer(
+    block: torch.Tensor, coming_length: int, longest: int, group: RankGroup
+) -> Callable[[], torch.Tensor]:
+    """:func:`_pass_on` into the memory of the next place, by copy engines: attention keeps the multiprocessors."""
+    peers = group.peers
+    assert peers is not None
+    _, batch, _, *rest = block.shape
+    largest = torch.Size((2, batch, longest, *rest)).numel() * block.element_size()
+    buffer = peers.turn("keys", largest)
+    with peers.beside():
+        buffer.on((group.rank + 1) % group.size, block.shape, block.dtype).copy_(block)
+
+    def arrived() -> torch.Tensor:
+        peers.join()  # of the block, too, which must live until then
+        buffer.barrier()
+        return buffer.on(group.rank, (2, batch, coming_length, *rest), block.dtype)
+
+    return arrived

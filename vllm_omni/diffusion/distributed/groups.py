@@ -124,7 +124,8 @@ def build_groups(layout: ParallelLayout, device_type: str, use_hsdp: bool = Fals
     forward = mesh["hsdp", "ring", "ulysses", "tp"]._flatten("forward")
     world = mesh._flatten("world")
     weights = mesh["hsdp", "ring", "ulysses"]._flatten("weights")
-    tp = _group(mesh["tp"])
+    # Two ranks sum best by reading each other's numbers; more would read more than NCCL sends.
+    tp = _group(mesh["tp"]) if mesh["tp"].size() != 2 else _with_peers(_group(mesh["tp"]), device_type)
     vae_size = layout.vae
     # Ranks that decode are the first of the world.
     vae_group = dist.new_group(list(range(vae_size))) if vae_size > 1 else None
@@ -133,10 +134,10 @@ def build_groups(layout: ParallelLayout, device_type: str, use_hsdp: bool = Fals
     return ParallelGroups(
         world=_group(world),
         cfg=_group(mesh["cfg"]),
-        ring=_group(mesh["ring"]),
+        ring=_with_peers(_group(mesh["ring"]), device_type),
         ulysses=_with_peers(_group(mesh["ulysses"]), device_type),
         sequence=_group(sequence),
-        tp=TensorParallelRank(tp.rank, tp.size, tp.process_group, tp.name),
+        tp=TensorParallelRank(tp.rank, tp.size, tp.process_group, tp.name, tp.peers),
         forward=_group(forward),
         weights=_group(weights) if use_hsdp else ALONE,
         vae=vae,

@@ -1,14 +1,17 @@
-"""Memory of a rank that the other ranks of its machine write to, over NVLink or PCIe and without NCCL.
+"""Memory of a rank that the other ranks of its machine read and write, over NVLink or PCIe and without NCCL.
 
 NCCL moves what was packed for it. Where a rank can address the memory of another, it writes each tensor to where it
-belongs there. Memory is that of ``torch.distributed._symmetric_memory``.
+belongs there, and adds to its own numbers what it reads there. Memory is that of
+``torch.distributed._symmetric_memory``.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,6 +24,26 @@ logger = init_logger(__name__)
 
 _SMALLEST = 1 << 20  # bytes
 _NUM_PROBES = 8
+
+# What stands for the sequence of exchanges in progress, if they are known to follow each other.
+_sequence: ContextVar[object | None] = ContextVar("exchange_sequence", default=None)
+# By what torch calls the group: an operator of compiled code gets a name.
+_by_group: dict[str, PeerMemory] = {}
+
+
+@contextmanager
+def exchange_sequence() -> Iterator[None]:
+    """What ranks exchange within the block always follows each other as it does here: a CUDA graph is captured."""
+    token = _sequence.set(object())
+    try:
+        yield
+    finally:
+        _sequence.reset(token)
+
+
+def memory_of(group_name: str) -> PeerMemory:
+    """The memory that the ranks of a group share, by the name of the group. There must be some."""
+    return _by_group[group_name]
 
 
 class PeerBuffer:
@@ -48,8 +71,12 @@ class PeerMemory:
 
     def __init__(self, device: torch.device, process_group: Any) -> None:
         self._device, self._process_group = device, process_group
+        self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
         # Those that were outgrown stay: CUDA graphs write to them.
         self._buffers: dict[str, list[PeerBuffer]] = {}
+        self._turns: dict[str, tuple[object | None, int]] = {}  # the sequence and the buffer of the last turn
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        _by_group[str(process_group.group_name)] = self
 
     def buffer(self, name: str, num_bytes: int) -> PeerBuffer:
         """One of at least ``num_bytes``. While a CUDA graph is captured, it must exist."""
@@ -59,8 +86,41 @@ class PeerMemory:
                 return buffer
         size = max(_SMALLEST, 1 << (num_bytes - 1).bit_length())
         with waiting_for("ranks"):
-            buffers.append(PeerBuffer(size, self._device, self._process_group))
+            buffers.append(self._new_buffer(f"{name}-{size}", size))
         return buffers[-1]
+
+    def turn(self, name: str, num_bytes: int) -> PeerBuffer:
+        """A buffer to write to for an exchange of this kind, which has one barrier between writing and reading.
+
+        Two take turns: this rank writes what is exchanged two turns later only after the barrier of the turn between,
+        which the others reached after they had read this one. That holds for turns that follow each other within
+        :func:`exchange_sequence`. What came before others is not known, for graphs are replayed in any order: those
+        begin with a barrier.
+        """
+        pair = [self.buffer(f"{name}-{index}", num_bytes) for index in (0, 1)]
+        sequence, (last_sequence, last) = _sequence.get(), self._turns.get(name, (None, 1))
+        self._turns[name] = (sequence, 1 - last)
+        if sequence is None or sequence is not last_sequence:
+            pair[1 - last].barrier()
+        return pair[1 - last]
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """The block works on a stream of its own, beside what follows it until :meth:`join`. It allocates nothing."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._side):
+            yield
+
+    def join(self) -> None:
+        """Wait for what was done beside. What it read must live until here."""
+        if self._side is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._side)
+
+    def _new_buffer(self, name: str, num_bytes: int) -> PeerBuffer:
+        return PeerBuffer(num_bytes, self._device, self._process_group)
 
 
 def peer_memory(device: torch.device, process_group: Any) -> PeerMemory | None:

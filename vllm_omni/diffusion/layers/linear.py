@@ -18,7 +18,6 @@ from vllm_omni.diffusion.distributed.tensor_parallel import (
     SINGLE_RANK,
     TensorParallelRank,
     current_tensor_parallel_rank,
-    sum_over_ranks,
 )
 from vllm_omni.diffusion.layers.linear_method import LinearMethod, PendingInput, copy_weight, current_linear_method
 
@@ -220,7 +219,7 @@ class RowParallelLinear(LinearBase):
         self._store(parameter, loaded if self.tp.rank == 0 else torch.zeros_like(loaded))
 
     def forward(self, x: torch.Tensor | PendingInput) -> torch.Tensor:
-        return sum_over_ranks(super().forward(x), self.tp)
+        return self.linear_method.apply_summed(self, x)
 
 
 class MergedRowParallelLinear(RowParallelLinear):

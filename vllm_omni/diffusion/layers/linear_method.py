@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from vllm_omni.diffusion.distributed.tensor_parallel import sum_over_ranks
 from vllm_omni.diffusion.layers.operators import joint_linear_op, linear_gelu_op, linear_of_parts_op, on_gpu
+from vllm_omni.diffusion.layers.peer_sums import summed_linear_op
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.layers.linear import LinearBase
@@ -63,6 +65,14 @@ class LinearMethod:
         if x.prefix is None or not on_gpu(x.x):
             return F.linear(x.joined(), layer.weight, layer.bias)
         return linear_of_parts_op(x.prefix, x.activated, layer.weight, layer.bias)
+
+    def apply_summed(self, layer: LinearBase, x: torch.Tensor | PendingInput) -> torch.Tensor:
+        """:meth:`apply`, summed over the ranks of the layer."""
+        if layer.tp.peers is None:
+            return sum_over_ranks(self.apply(layer, x), layer.tp)
+        given = PendingInput(x) if isinstance(x, torch.Tensor) else x
+        parts = [given.joined()] if given.prefix is None or not on_gpu(given.x) else [given.prefix, given.activated]
+        return summed_linear_op(parts, layer.weight, layer.bias, layer.tp.name)
 
     def apply_gelu(self, layer: LinearBase, x: torch.Tensor, start: int = 0) -> tuple[torch.Tensor, PendingInput]:
         """The output features before ``start``, and those from there on with GELU (tanh approximation) to come."""

@@ -11,10 +11,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from vllm_omni.diffusion.distributed.tensor_parallel import sum_over_ranks
 from vllm_omni.diffusion.layers import kernels
 from vllm_omni.diffusion.layers.linear import LinearBase
 from vllm_omni.diffusion.layers.linear_method import LinearMethod, PendingInput
 from vllm_omni.diffusion.layers.operators import joint_scaled_linear_op, on_gpu, scaled_linear, scaled_linear_op
+from vllm_omni.diffusion.layers.peer_sums import sum_over_peers_op
 
 FP8_MAX = 448.0  # the largest number of e4m3
 _SMALLEST = 1e-12  # of a row of zeros
@@ -50,6 +52,12 @@ class Fp8LinearMethod(LinearMethod):
         multiply = scaled_linear_op if on_gpu(rows) else scaled_linear
         output = multiply(rows, scales, layer.weight, layer.get_buffer("weight_scale"), layer.bias, given.x.dtype)
         return output.unflatten(0, given.x.shape[:-1])
+
+    def apply_summed(self, layer: LinearBase, x: torch.Tensor | PendingInput) -> torch.Tensor:
+        product = self.apply(layer, x)
+        if layer.tp.peers is None:
+            return sum_over_ranks(product, layer.tp)
+        return sum_over_peers_op(product, layer.tp.name)
 
     def apply_gelu(self, layer: LinearBase, x: torch.Tensor, start: int = 0) -> tuple[torch.Tensor, PendingInput]:
         output = self.apply(layer, x)
