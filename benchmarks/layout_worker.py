@@ -46,7 +46,7 @@ def begin(folder: str, device_type: str, options: dict[str, Any], layout_name: s
         torch.cuda.empty_cache()
     return {
         "load_s": round(time.perf_counter() - started, 1),
-        "peers": any(group.peers is not None for group in (groups.tp, groups.ulysses, groups.ring)),
+        "peers": groups.use_peer_memory,
         "environment": environment(torch.device(device)),
     }
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+from unittest import mock
 
 import pytest
 
+from tests.parallel import generation
 from tests.parallel.generation import distance_in_fp8, generate, largest_difference
 from tests.parallel.layouts import DBCACHE, FOUR, TEACACHE, TWO
 from tests.parallel.models import FAMILIES, MODELS, requests_of
+from tests.parallel.toy_transformer import with_peers
 from tests.parity import LATENT_TOLERANCE
+from vllm_omni.diffusion.distributed.groups import build_groups
+from vllm_omni.diffusion.worker.worker import Worker
 
 
 @functools.cache
@@ -30,6 +35,30 @@ def check(pool, folder, model, layout, features=None):
 @pytest.mark.parametrize("model", FAMILIES)
 def test_two_ranks_give_the_latents_of_one(two_ranks, folders, model, layout):
     check(two_ranks, folders(model), model, TWO[layout])
+
+
+def generate_over_files(files, *arguments):
+    """:func:`generate` by ranks that use each other's memory, and what the receipts then say."""
+    told, execute = set(), Worker.execute
+
+    def listen(worker, command):
+        result = execute(worker, command)
+        told.update(result.accelerations)
+        return result
+
+    with (
+        mock.patch.object(generation, "groups_of", lambda *args: with_peers(build_groups(*args), files)),
+        mock.patch.object(Worker, "execute", listen),
+    ):
+        return generate(*arguments), told
+
+
+@pytest.mark.parametrize("layout", ["tp2", "u2", "r2"])
+def test_ranks_that_use_each_others_memory_give_the_latents_of_one(two_ranks, folders, tmp_path, layout):
+    folder = folders("flux")
+    for outputs, told in two_ranks.run(generate_over_files, str(tmp_path), folder, TWO[layout], *requests_of("flux")):
+        assert largest_difference(outputs, reference(folder, "flux")) <= LATENT_TOLERANCE
+        assert told == {"memory of peers"}
 
 
 # Its reference picture has a thousand tokens, which takes long.

@@ -78,6 +78,11 @@ class ParallelGroups:
     world_mesh: DeviceMesh | None = field(default=None, repr=False, compare=False)
     weights_mesh: DeviceMesh | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def use_peer_memory(self) -> bool:
+        """Whether some ranks exchange without NCCL."""
+        return any(group.peers is not None for group in (self.ring, self.ulysses, self.tp))
+
 
 NO_GROUPS = ParallelGroups()
 
