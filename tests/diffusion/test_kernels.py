@@ -177,3 +177,26 @@ def test_the_scaled_product_of_few_rows_is_that_of_cublas(rows, monkeypatch):
     ours = scaled_linear_op(*arguments)
     monkeypatch.setattr(package, "HAS_TRITON", False)
     assert_near(ours, scaled_linear_op(*arguments).float(), 0.01)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("head_size", [8, 6])
+def test_copies_of_rows_in_turn(count, head_size):
+    heads = (3, 1, 2, 3)[:count]
+    lengths = (5, 2, 6, 3)[:count]
+    sources = [drawn(2, 7, 4, head_size, seed=index).transpose(0, 1) for index in range(count)]
+    wholes = [torch.zeros(9, 2, 5, head_size, dtype=torch.bfloat16, device=DEVICE) for _ in range(count)]
+    expected = [whole.clone() for whole in wholes]
+    pairs, twins = (
+        [
+            (whole[1 : 1 + length, :, 2 : 2 + number], source[:length, :, 1 : 1 + number])
+            for whole, source, length, number in zip(targets, sources, lengths, heads, strict=True)
+        ]
+        for targets in (wholes, expected)
+    )
+    assert kernels("copy").takes(pairs)
+    assert not kernels("copy").takes(pairs * 5)
+    kernels("copy").copy_in_turn(pairs)
+    for target, source in twins:
+        target.copy_(source)
+    assert all(torch.equal(ours, other) for ours, other in zip(wholes, expected, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from functools import partial
 from unittest import mock
@@ -17,8 +18,8 @@ from vllm_omni.diffusion.distributed.groups import build_groups
 from vllm_omni.diffusion.distributed.layout import ParallelLayout
 from vllm_omni.diffusion.distributed.peer_memory import carries, exchange_sequence
 from vllm_omni.diffusion.distributed.sequence_parallel import shard_lengths
-from vllm_omni.diffusion.layers.linear import RowParallelLinear
-from vllm_omni.diffusion.layers.peer_sums import sum_over_peers_op, summed_linear_op
+from vllm_omni.diffusion.layers.linear import RowParallelLinear, both_summed
+from vllm_omni.diffusion.layers.peer_sums import sum_over_peers_op, summed_linear_op, summed_linears_op
 
 # Batch, text tokens, tokens of each rank, query heads, key/value heads, head size, dtype. In turn, so that an exchange
 # follows one of another shape.
@@ -70,24 +71,26 @@ def passed(inputs, shape, group):
 
 
 def summed(inputs, shape, group):
-    """Three sums of tensor-parallel ranks: of a product, of numbers, and of a product of two inputs without a bias."""
+    """Sums of tensor-parallel ranks: of a product, of numbers, of a product of two inputs, of two products."""
     _, num_text, lengths, _, _, _, dtype = shape
     x, more = (y[:, : num_text + min(lengths)].flatten(2) for y in inputs[:2])
-    generator = torch.Generator(x.device).manual_seed(group.rank)
-    whole = x.shape[-1] + more.shape[-1]
-    weight = torch.randn(x.shape[-1], whole, device=x.device, generator=generator).to(dtype)
-    bias = torch.randn(x.shape[-1], device=x.device, generator=generator).to(dtype)
+    count = x.shape[-1] * (x.shape[-1] + more.shape[-1])
+    numbers = torch.linspace(group.rank - 3, 2, count, device=x.device).sin().to(dtype)
+    weight, bias = numbers.view(x.shape[-1], -1), numbers[: x.shape[-1]]
     own = weight[:, : x.shape[-1]]
     if group.peers is None:
         product = torch.addmm(bias, x.flatten(0, 1), own.t())
         of_two = torch.mm(x.flatten(0, 1), own.t()).addmm_(more.flatten(0, 1), weight[:, x.shape[-1] :].t())
-        return [added(y.view_as(x), group) for y in (product, x, of_two)]
+        both = torch.cat([product, torch.addmm(bias + 1, x[:, 1:].flatten(0, 1), own.t())])
+        return [added(y, group) for y in (product.view_as(x), x, of_two.view_as(x), both, -x)]
     sums = []
     for turn, one in enumerate(
         (
             lambda: summed_linear_op([x], own, bias, group.name),
             lambda: sum_over_peers_op(x, group.name),
             lambda: summed_linear_op([x, more], weight, None, group.name),
+            lambda: summed_linears_op(x, own, bias, x[:, 1:], own, bias + 1, group.name),
+            lambda: sum_over_peers_op(-x, group.name),
         )
     ):
         wait_for_other(group, turn % 2)
@@ -102,7 +105,7 @@ def added(x, group):
 
 
 # What ranks of a group exchange, and how many tensors they then have.
-KINDS = {"tp": (summed, 3), "ulysses": (exchanged, 4), "ring": (passed, 3)}
+KINDS = {"tp": (summed, 5), "ulysses": (exchanged, 4), "ring": (passed, 3)}
 
 
 def wait_for_other(group, turn):
@@ -190,9 +193,16 @@ def compiled_sum(folder):
         layers.append(RowParallelLinear(8, 6, tp=given.tp))
         torch.nn.init.constant_(layers[-1].weight, 0.5 + groups.tp.rank)
         torch.nn.init.constant_(layers[-1].bias, 2.0 - groups.tp.rank)
-    compiled = torch.compile(layers[1], fullgraph=True, dynamic=True, backend="aot_eager")
-    inputs = [torch.arange(4.0 * rows).view(1, rows, 4) for rows in (3, 5)]
-    return all(torch.equal(compiled(x), layers[0](x)) for x in inputs)
+
+    def run(layer, x, y):
+        return (layer(x), *both_summed(layer, x, layer, y))
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    inputs = [torch.arange(4.0 * rows).view(1, rows, 4) for rows in (3, 5, 6)]
+    pairs = []
+    for x, y in itertools.pairwise(inputs):
+        pairs += zip(compiled(layers[1], x, y), run(layers[0], x, y), strict=True)
+    return len(pairs) == 6 and all(torch.equal(*pair) for pair in pairs)
 
 
 def test_a_compiled_layer_sums_over_memory_of_peers(two_ranks, tmp_path):

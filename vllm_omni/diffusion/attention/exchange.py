@@ -15,6 +15,7 @@ import torch
 
 from vllm_omni.diffusion.distributed.collectives import all_to_all
 from vllm_omni.diffusion.distributed.groups import RankGroup
+from vllm_omni.diffusion.layers import kernels
 
 
 def tokens_for_heads(
@@ -82,21 +83,18 @@ def _tokens_by_peers(
     assert group.peers is not None
     dtype, size = by_rank[0][0].dtype, by_rank[0][0].element_size()
     buffer = group.peers.buffer("tokens", max(shape.numel() for shape in shapes) * size)
+    wholes = [buffer.on(rank, shape, dtype) for rank, shape in enumerate(shapes)]
     start = num_text + sum(lengths[: group.rank])
-    whole = buffer.on(group.rank, shapes[group.rank], dtype)
-
-    def write(rank: int, target: torch.Tensor) -> None:
-        _join_heads(target[start : start + lengths[group.rank]], [x[:, num_text:] for x in by_rank[rank]])
-
-    with group.peers.beside():  # links are slower than memory
-        write(group.rank, whole)
-        _join_heads(whole[:num_text], [x[:, :num_text] for x in by_rank[group.rank]])
-    for rank, shape in enumerate(shapes):
-        if rank != group.rank:
-            write(rank, buffer.on(rank, shape, dtype))
-    group.peers.join()
+    for index in range(3):  # queries, keys, values
+        pairs = []
+        for rank, (whole, parts) in enumerate(zip(wholes, by_rank, strict=True)):
+            place, part = whole.split([x.shape[2] for x in parts], dim=2)[index], parts[index].transpose(0, 1)
+            pairs.append((place[start : start + lengths[group.rank]], part[num_text:]))
+            if rank == group.rank:
+                pairs.append((place[:num_text], part[:num_text]))
+        _copy_all(pairs)
     buffer.barrier()
-    return whole
+    return wholes[group.rank]
 
 
 def _heads_by_collective(
@@ -126,17 +124,11 @@ def _heads_by_peers(
     of_rank = [slice(*pair) for pair in itertools.pairwise(starts)]
     # A tensor of its own: the next exchange writes to the buffer.
     whole = text.new_empty(shapes[group.rank])
-
-    def write(rank: int, target: torch.Tensor) -> None:
-        copy_rows(target[:num_text, :, of_rank[group.rank]], text)
-        copy_rows(target[num_text:, :, of_rank[group.rank]], images[rank])
-
-    with group.peers.beside():
-        write(group.rank, whole)
-    for rank, shape in enumerate(shapes):
-        if rank != group.rank:
-            write(rank, buffer.on(rank, shape, text.dtype))
-    group.peers.join()
+    pairs = []
+    for rank, (shape, image) in enumerate(zip(shapes, images, strict=True)):
+        target = (whole if rank == group.rank else buffer.on(rank, shape, text.dtype))[:, :, of_rank[group.rank]]
+        pairs += [(target[num_text:], image), (target[:num_text], text)]
+    _copy_all(pairs)
     buffer.barrier()
     came = buffer.on(group.rank, shapes[group.rank], text.dtype)
     for rank, theirs in enumerate(of_rank):
@@ -149,6 +141,19 @@ def _join_heads(target: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
     """Copy ``[B, S, H_i, D]`` each into ``target [S, B, sum(H_i), D]``."""
     for x, place in zip(parts, target.split([x.shape[2] for x in parts], dim=2), strict=True):
         copy_rows(place, x.transpose(0, 1))
+
+
+def _copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy each ``[S_i, B, H_i, D]`` to its target."""
+    pairs = [pair for pair in pairs if pair[0].numel()]
+    if pairs and kernels.take(pairs[0][0]):
+        from vllm_omni.diffusion.layers.kernels.copy import copy_in_turn, takes
+
+        if takes(pairs):
+            copy_in_turn(pairs)
+            return
+    for target, source in pairs:
+        copy_rows(target, source)
 
 
 def copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vllm_omni.diffusion.layers.linear import ColumnParallelLinear, RowParallelLinear
+from vllm_omni.diffusion.layers.linear import ColumnParallelLinear, RowParallelLinear, both_summed
 from vllm_omni.diffusion.layers.linear_method import PendingInput
 
 GeluKind = Literal["tanh", "none"]
@@ -60,3 +60,7 @@ class FeedForward(nn.Module):
         """``[..., D] -> [..., O]``."""
         output: torch.Tensor = self.net[2](self.net[0](x))
         return output
+
+    def with_other(self, x: torch.Tensor, other: FeedForward, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """This network of x and the other, of the same size, of y: ranks wait for each other once."""
+        return both_summed(self.net[2], self.net[0](x), other.net[2], other.net[0](y))

@@ -10,7 +10,7 @@ from torch import nn
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.layer import Attention
-from vllm_omni.diffusion.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm_omni.diffusion.layers.linear import QKVParallelLinear, RowParallelLinear, both_summed
 from vllm_omni.diffusion.layers.norm import RMSNorm
 from vllm_omni.diffusion.layers.rope import QKNormRope, TextNorms
 
@@ -48,4 +48,4 @@ class JointAttention(nn.Module):
         query, key, value = self.qk_norm_rope(qkv, self.norm_q, self.norm_k, rope, text_norms)
         output = self.attn(query, key, value, attn_metadata=AttentionMetadata(attn_mask=attn_mask)).flatten(2)
         text_output, image_output = output[:, :num_text], output[:, num_text:]
-        return self.to_out[0](image_output), self.to_add_out(text_output)
+        return both_summed(self.to_out[0], image_output, self.to_add_out, text_output)

@@ -222,6 +222,13 @@ class RowParallelLinear(LinearBase):
         return self.linear_method.apply_summed(self, x)
 
 
+def both_summed(
+    layer: RowParallelLinear, x: torch.Tensor | PendingInput, other: RowParallelLinear, y: torch.Tensor | PendingInput
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``layer(x), other(y)``, of layers of the same size; the ranks may wait for each other once for both."""
+    return layer.linear_method.apply_both_summed(layer, x, other, y)
+
+
 class MergedRowParallelLinear(RowParallelLinear):
     """A row-parallel layer over the outputs of several column-parallel ones, one after the other.
 

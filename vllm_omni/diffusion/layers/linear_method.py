@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from vllm_omni.diffusion.distributed.tensor_parallel import sum_over_ranks
 from vllm_omni.diffusion.layers.operators import joint_linear_op, linear_gelu_op, linear_of_parts_op, on_gpu
-from vllm_omni.diffusion.layers.peer_sums import summed_linear_op
+from vllm_omni.diffusion.layers.peer_sums import summed_linear_op, summed_linears_op
 
 if TYPE_CHECKING:
     from vllm_omni.diffusion.layers.linear import LinearBase
@@ -70,9 +70,18 @@ class LinearMethod:
         """:meth:`apply`, summed over the ranks of the layer."""
         if layer.tp.peers is None:
             return sum_over_ranks(self.apply(layer, x), layer.tp)
-        given = PendingInput(x) if isinstance(x, torch.Tensor) else x
-        parts = [given.joined()] if given.prefix is None or not on_gpu(given.x) else [given.prefix, given.activated]
-        return summed_linear_op(parts, layer.weight, layer.bias, layer.tp.name)
+        return summed_linear_op(_parts(x), layer.weight, layer.bias, layer.tp.name)
+
+    def apply_both_summed(
+        self, layer: LinearBase, x: torch.Tensor | PendingInput, other: LinearBase, y: torch.Tensor | PendingInput
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`apply_summed` of x and, with a layer of the same kind and size, of y."""
+        of_x, of_y = _parts(x), _parts(y)
+        if layer.tp.peers is None or layer.bias is None or len(of_x) + len(of_y) > 2:
+            return self.apply_summed(layer, x), self.apply_summed(other, y)
+        both = summed_linears_op(of_x[0], layer.weight, layer.bias, of_y[0], other.weight, other.bias, layer.tp.name)
+        num_rows = of_x[0].numel() // of_x[0].shape[-1]
+        return both[:num_rows].view(*of_x[0].shape[:-1], -1), both[num_rows:].view(*of_y[0].shape[:-1], -1)
 
     def apply_gelu(self, layer: LinearBase, x: torch.Tensor, start: int = 0) -> tuple[torch.Tensor, PendingInput]:
         """The output features before ``start``, and those from there on with GELU (tanh approximation) to come."""
@@ -88,6 +97,13 @@ class LinearMethod:
         if on_gpu(x) and x.shape[0] == 1 and layer.bias is not None:
             return joint_linear_op(x, layer.weight, layer.bias, y, other.weight, other.bias)
         return torch.cat([self.apply(layer, x), self.apply(other, y)], dim=1)
+
+
+def _parts(x: torch.Tensor | PendingInput) -> list[torch.Tensor]:
+    """Input features one after the other, where joining them would copy them on a GPU."""
+    if isinstance(x, torch.Tensor):
+        return [x]
+    return [x.joined()] if x.prefix is None or not on_gpu(x.x) else [x.prefix, x.activated]
 
 
 # Whether and how a layer of this many input and output features is quantized, and whether in its weights alone.

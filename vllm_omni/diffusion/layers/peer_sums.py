@@ -36,6 +36,26 @@ def summed_linear(
     return partial.summed().view(*parts[0].shape[:-1], weight.shape[0])
 
 
+def summed_linears(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    y: torch.Tensor,
+    other_weight: torch.Tensor,
+    other_bias: torch.Tensor,
+    group_name: str,
+) -> torch.Tensor:
+    """``x [..., K], y [..., K], weights [O, K], biases [O] -> [R_x + R_y, O]``: the rows of both sums, which share one
+    wait.
+    """
+    rows = [part.reshape(-1, part.shape[-1]) for part in (x, y)]
+    partial = _Partial((rows[0].shape[0] + rows[1].shape[0], weight.shape[0]), x, group_name)
+    own = partial.own.split([part.shape[0] for part in rows])
+    torch.addmm(bias, rows[0], weight.t(), out=own[0])
+    torch.addmm(other_bias, rows[1], other_weight.t(), out=own[1])
+    return partial.summed()
+
+
 def sum_over_peers(x: torch.Tensor, group_name: str) -> torch.Tensor:
     """``[...] -> [...]``: the sum of the ranks' tensors, contiguous."""
     partial = _Partial(x.shape, x, group_name)
@@ -69,6 +89,10 @@ class _Partial:
 
 summed_linear_op = operator(
     summed_linear, lambda parts, weight, bias, group_name: parts[0].new_empty((*parts[0].shape[:-1], weight.shape[0]))
+)
+summed_linears_op = operator(
+    summed_linears,
+    lambda x, weight, bias, y, *_: x.new_empty((x.numel() // x.shape[-1] + y.numel() // y.shape[-1], weight.shape[0])),
 )
 sum_over_peers_op = operator(
     sum_over_peers, lambda x, group_name: torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -59,6 +59,11 @@ class Fp8LinearMethod(LinearMethod):
             return sum_over_ranks(product, layer.tp)
         return sum_over_peers_op(product, layer.tp.name)
 
+    def apply_both_summed(
+        self, layer: LinearBase, x: torch.Tensor | PendingInput, other: LinearBase, y: torch.Tensor | PendingInput
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.apply_summed(layer, x), self.apply_summed(other, y)
+
     def apply_gelu(self, layer: LinearBase, x: torch.Tensor, start: int = 0) -> tuple[torch.Tensor, PendingInput]:
         output = self.apply(layer, x)
         return output[..., :start], PendingInput(output[..., start:], gelu=True)

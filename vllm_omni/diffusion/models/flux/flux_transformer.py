@@ -143,8 +143,9 @@ class FluxTransformerBlock(nn.Module):
         encoder_hidden_states, modulated_text, txt_gate = self.norm.after_gate(
             encoder_hidden_states, txt_gate, text, txt_mlp_mod
         )
-        hidden_states = gated_residual(hidden_states, img_gate, self.ff(modulated))
-        encoder_hidden_states = gated_residual(encoder_hidden_states, txt_gate, self.ff_context(modulated_text))
+        image, text = self.ff.with_other(modulated, self.ff_context, modulated_text)
+        hidden_states = gated_residual(hidden_states, img_gate, image)
+        encoder_hidden_states = gated_residual(encoder_hidden_states, txt_gate, text)
         return _in_range(hidden_states), _in_range(encoder_hidden_states)
 
 

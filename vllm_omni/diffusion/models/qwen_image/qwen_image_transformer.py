@@ -176,8 +176,9 @@ class QwenImageTransformerBlock(nn.Module):
         encoder_hidden_states, modulated_text, txt_gate = self.norm.after_gate(
             encoder_hidden_states, txt_gate, text, txt_mlp_mod
         )
-        hidden_states = gated_residual(hidden_states, img_gate, self.img_mlp(modulated))
-        encoder_hidden_states = gated_residual(encoder_hidden_states, txt_gate, self.txt_mlp(modulated_text))
+        image, text = self.img_mlp.with_other(modulated, self.txt_mlp, modulated_text)
+        hidden_states = gated_residual(hidden_states, img_gate, image)
+        encoder_hidden_states = gated_residual(encoder_hidden_states, txt_gate, text)
         return _in_range(hidden_states), _in_range(encoder_hidden_states)
 
 
