@@ -14,6 +14,10 @@ from torch.profiler import ProfilerActivity
 # Milliseconds from begin to end of each run of each kernel, by name.
 Spans = dict[str, list[tuple[float, float]]]
 
+# In the names of kernels by which ranks exchange: NCCL's and, with each other's memory, waits and copies to it. Sums
+# that read it are additions by name, and count as computing.
+_OF_RANKS = ("nccl", "symmetric_memory::barrier", "_copy_in_turn", "memcpy ptop")
+
 
 def kernel_spans(run: Callable[[], Any]) -> Spans:
     """What the current GPU does during ``run()``."""
@@ -51,8 +55,9 @@ def overlap(spans: Spans) -> dict[str, float]:
 
     ``exposed_ms`` is the time in which only the latter ran, ``idle_ms`` that in which none did.
     """
-    talk = [span for name, each in spans.items() if "nccl" in name.lower() for span in each]
-    compute = [span for name, each in spans.items() if "nccl" not in name.lower() for span in each]
+    talk, compute = list[tuple[float, float]](), list[tuple[float, float]]()
+    for name, each in spans.items():
+        (talk if any(part in name.lower() for part in _OF_RANKS) else compute).extend(each)
     everything = [*talk, *compute]
     whole = max(end for _, end in everything) - min(start for start, _ in everything)
     computing, busy = _covered(compute), _covered(everything)

@@ -46,7 +46,7 @@ def begin(folder: str, device_type: str, options: dict[str, Any], layout_name: s
         torch.cuda.empty_cache()
     return {
         "load_s": round(time.perf_counter() - started, 1),
-        "peers": groups.use_peer_memory,
+        "peers": bool(groups.describe()),
         "environment": environment(torch.device(device)),
     }
 

@@ -3,23 +3,31 @@
     python -m benchmarks.scaling
 
 Seconds of a forward are those of its products and of its attention at fixed rates, divided by the ranks that share
-them, plus what is sent at a fixed bandwidth. docs/features/parallel.md holds the table that this prints.
+them, plus what is sent at a fixed bandwidth. docs/features/parallel.md holds the tables that this prints; the one of
+what was measured comes from benchmarks/results/parallel_2x_h100.json.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-# Of an H100 in bf16, from profiles of one GPU (benchmarks/results/parallel_2x_h100.json): what large products and
-# attention reach per second, and what takes as long however many ranks there are (modulations, which read weights for
-# one row, and gaps).
+RESULTS = Path(__file__).parent / "results" / "parallel_2x_h100.json"
+
+# Of an H100 in bf16, from profiles of one GPU: what large products and attention reach per second, and what takes as
+# long however many ranks there are (modulations, which read weights for one row, and gaps).
 GEMM_FLOPS = 680e12
 ATTENTION_FLOPS = 680e12
+WITH_LSE = 1.06  # times as long where attention returns its log-sum-exp
 FIXED_S = 6e-3
 MEMORY_BYTES = 2e12  # per second, read and written, by copies
-NVLINK_BYTES = 220e9  # per second, GPU and direction, that NCCL reached with 25 to 100 MB
+PEER_BYTES = 330e9  # per second, GPU and direction, that ranks of a node read or wrote over NVLink with 25 to 100 MB
+NVLINK_BYTES = 220e9  # that NCCL reached there
 NETWORK_BYTES = 40e9  # per second and GPU between nodes, of 50e9 (400 Gbit/s)
-LATENCY_S = 20e-6  # of one collective
+BARRIER_S = 6e-6  # of ranks that use each other's memory
+LATENCY_S = 20e-6  # of one collective of NCCL
 GPUS_PER_NODE = 8
 
 
@@ -54,12 +62,7 @@ MODELS = [
 ]
 
 
-LINKS = {"NVLink": NVLINK_BYTES, "400 Gbit/s": NETWORK_BYTES, "PCIe 4": 20e9, "10 Gbit/s": 1.1e9}
-
-
-def bandwidth(num_ranks: int) -> float:
-    """The slowest link of a group of consecutive GPUs."""
-    return NVLINK_BYTES if num_ranks <= GPUS_PER_NODE else NETWORK_BYTES
+LINKS = {"NVLink": None, "400 Gbit/s": NETWORK_BYTES, "PCIe 4": 20e9, "10 Gbit/s": 1.1e9}
 
 
 def one(model: Model) -> float:
@@ -67,44 +70,72 @@ def one(model: Model) -> float:
     return FIXED_S + model.gemm_flops(tokens) / GEMM_FLOPS + model.attention_flops / ATTENTION_FLOPS
 
 
+def exchange(ranks: int, link: float | None) -> tuple[float, float]:
+    """Bytes per second and seconds of an exchange among consecutive GPUs, by memory of peers if ``link`` is not given
+    and one node holds them.
+    """
+    if link is None and ranks <= GPUS_PER_NODE:
+        return PEER_BYTES, BARRIER_S
+    return link or NETWORK_BYTES, LATENCY_S
+
+
+def bytes_of_ulysses(model: Model, ranks: int) -> float:
+    """That a rank sends in a forward: three tensors go out and one comes back in each layer."""
+    return model.num_layers * 4 * model.num_image / ranks * model.width * 2 * (ranks - 1) / ranks
+
+
+def bytes_of_ring(model: Model, ranks: int) -> float:
+    """Keys and values of a rank, to the next one in each turn but the last."""
+    return model.num_layers * (ranks - 1) * 2 * model.num_image / ranks * model.width * 2
+
+
+def bytes_of_tensor(model: Model, ranks: int) -> float:
+    """Sums over the ranks, of all tokens."""
+    return model.num_sums * 2 * (ranks - 1) / ranks * (model.num_image + model.num_text) * model.width * 2
+
+
 def ulysses(model: Model, ranks: int, link: float | None = None) -> float:
-    """Text is on every rank; three tensors go out and one comes back in each layer."""
+    """Text is on every rank. What came back is joined with what was there."""
     local = model.num_image / ranks
     compute = model.gemm_flops(local + model.num_text) / GEMM_FLOPS + model.attention_flops / ranks / ATTENTION_FLOPS
-    exchanged = 4 * local * model.width * 2
-    sent, copied = exchanged * (ranks - 1) / ranks, 2 * exchanged + exchanged / 2  # packed; heads are joined again
-    seconds = sent / (link or bandwidth(ranks)) + copied / MEMORY_BYTES + 2 * LATENCY_S
-    return FIXED_S + compute + model.num_layers * seconds
+    bandwidth, latency = exchange(ranks, link)
+    joined = model.num_layers * 2 * local * model.width * 2 * (ranks - 1) / ranks / MEMORY_BYTES
+    sent = bytes_of_ulysses(model, ranks) / bandwidth + model.num_layers * 2 * latency
+    return FIXED_S + compute + joined + sent
 
 
-def ring(model: Model, ranks: int) -> float:
-    """Keys and values travel while attention runs; what does not fit behind it shows."""
+def ring(model: Model, ranks: int, link: float | None = None) -> float:
+    """Keys and values travel while attention runs; what does not fit behind it shows. Outputs are merged in float32."""
     local = model.num_image / ranks
-    compute = model.gemm_flops(local + model.num_text) / GEMM_FLOPS
-    attention = model.attention_flops / ATTENTION_FLOPS * (local + model.num_text) / (model.num_image + model.num_text)
-    turn = 2 * local * model.width * 2 / bandwidth(ranks) + LATENCY_S
-    travel = model.num_layers * (ranks - 1) * turn
-    merged = model.num_layers * (ranks - 1) * 3 * (local + model.num_text) * model.width * 2 / MEMORY_BYTES
-    return FIXED_S + compute + max(attention, travel) + merged + model.num_layers * LATENCY_S
+    tokens = local + model.num_text
+    compute = model.gemm_flops(tokens) / GEMM_FLOPS
+    attention = WITH_LSE * model.attention_flops / ATTENTION_FLOPS * tokens / (model.num_image + model.num_text)
+    bandwidth, latency = exchange(ranks, link)
+    travel = bytes_of_ring(model, ranks) / bandwidth + model.num_layers * (ranks - 1) * latency
+    # Bytes per number: 6 to make an output float32, 12 to merge it with another one, 6 to round what comes out, and 8
+    # to put keys and values together.
+    merged = model.num_layers * model.width * (tokens * (6 * ranks + 12 * (ranks - 1) + 6) + 8 * local) / MEMORY_BYTES
+    return FIXED_S + compute + max(attention, travel) + merged + model.num_layers * latency
 
 
 def tensor(model: Model, ranks: int, link: float | None = None) -> float:
-    """Sums over the ranks, of all tokens."""
-    summed = (model.num_image + model.num_text) * model.width * 2
-    sent = 2 * (ranks - 1) / ranks * summed
+    """Two ranks read each other's products; more sum through NCCL."""
+    bandwidth, latency = exchange(ranks, link)
+    if link is None and 2 < ranks <= GPUS_PER_NODE:
+        bandwidth, latency = NVLINK_BYTES, LATENCY_S
     compute = FIXED_S + (one(model) - FIXED_S) / ranks
-    return compute + model.num_sums * (sent / (link or bandwidth(ranks)) + LATENCY_S)
+    return compute + bytes_of_tensor(model, ranks) / bandwidth + model.num_sums * latency
 
 
-def sharded_weights(model: Model, ranks: int, link: float) -> float:
+def sharded_weights(model: Model, ranks: int, link: float | None) -> float:
     """HSDP: a block's weights come while the one before it computes; a forward on each rank."""
     received = 2 * model.gemm_params * (ranks - 1) / ranks
-    return max(one(model), received / link) / ranks
+    return max(one(model), received / (link or NVLINK_BYTES)) / ranks
 
 
-def pipeline(model: Model, ranks: int, link: float, rows: int) -> float:
+def pipeline(model: Model, ranks: int, link: float | None, rows: int) -> float:
     """Not built: blocks on different ranks, ``rows`` forwards on their way at a time. Latents go round at each step."""
-    handed_over = (model.num_image + model.num_text) * model.width * 2 / link + LATENCY_S
+    handed_over = (model.num_image + model.num_text) * model.width * 2 / (link or NVLINK_BYTES) + LATENCY_S
     return max((one(model) + ranks * handed_over) / rows, one(model) / ranks, handed_over)
 
 
@@ -113,7 +144,35 @@ def guided(seconds: float) -> float:
     return seconds + LATENCY_S
 
 
+def print_measured() -> None:
+    """What two GPUs gave beside one in the same run, and what this model says of it."""
+    print("| | sent | one GPU | two GPUs | speed-up | on paper | aim |\n|---|---|---|---|---|---|---|")
+    results = json.loads(RESULTS.read_text())["models"]
+    layouts: list[tuple[str, str, Callable[..., float], Callable[[Model, int], float], float]] = [
+        ("Ulysses", "ulysses2", ulysses, bytes_of_ulysses, 1.80),
+        ("ring", "ring2", ring, bytes_of_ring, 1.65),
+        ("tensor", "tp2", tensor, bytes_of_tensor, 1.60),
+    ]
+    for title, layout, seconds, sent, aim in layouts:
+        for model in MODELS:
+            name, _, size = model.name.rpartition(" ")
+            measured = results[{"FLUX.1": "flux.1-dev", "Qwen-Image": "qwen-image"}[name]]["seconds"]
+            if size in measured[layout]:
+                alone, shared = (measured[key][size]["seconds_per_step"] for key in ("one", layout))
+                print(
+                    f"| {title}, {model.name} | {sent(model, 2) / 1e9:.1f} GB | {alone:.4f} | {shared:.4f}"
+                    f" | {alone / shared:.2f} | {one(model) / seconds(model, 2):.2f} | {aim:.2f} |"
+                )
+    alone, shared = (
+        results["qwen-image"]["seconds"][key]["1024 guided"]["seconds_per_step"] for key in ("one", "cfg2")
+    )
+    model = MODELS[0]
+    paper = 2 * one(model) / guided(one(model))
+    print(f"| CFG, {model.name}, guided | | {alone:.4f} | {shared:.4f} | {alone / shared:.2f} | {paper:.2f} | 1.90 |\n")
+
+
 def main() -> None:
+    print_measured()
     print("| model, one forward | layout | " + " | ".join(f"{n} GPUs" for n in (2, 4, 8, 16)) + " |")
     print("|---|---|---|---|---|---|")
     for model in MODELS:

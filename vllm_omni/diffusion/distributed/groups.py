@@ -78,10 +78,10 @@ class ParallelGroups:
     world_mesh: DeviceMesh | None = field(default=None, repr=False, compare=False)
     weights_mesh: DeviceMesh | None = field(default=None, repr=False, compare=False)
 
-    @property
-    def use_peer_memory(self) -> bool:
-        """Whether some ranks exchange without NCCL."""
-        return any(group.peers is not None for group in (self.ring, self.ulysses, self.tp))
+    def describe(self) -> tuple[str, ...]:
+        """Whether some ranks exchange without NCCL, for the receipt."""
+        uses_peers = any(group.peers is not None for group in (self.ring, self.ulysses, self.tp))
+        return ("memory of peers",) if uses_peers else ()
 
 
 NO_GROUPS = ParallelGroups()

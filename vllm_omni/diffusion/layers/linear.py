@@ -223,9 +223,11 @@ class RowParallelLinear(LinearBase):
 
 
 def both_summed(
-    layer: RowParallelLinear, x: torch.Tensor | PendingInput, other: RowParallelLinear, y: torch.Tensor | PendingInput
+    layer: nn.Module, x: torch.Tensor | PendingInput, other: nn.Module, y: torch.Tensor | PendingInput
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``layer(x), other(y)``, of layers of the same size; the ranks may wait for each other once for both."""
+    """``layer(x), other(y)``, of row-parallel layers of the same size; the ranks may wait for each other once."""
+    assert isinstance(layer, RowParallelLinear)
+    assert isinstance(other, RowParallelLinear)
     return layer.linear_method.apply_both_summed(layer, x, other, y)
 
 

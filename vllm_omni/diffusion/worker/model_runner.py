@@ -276,8 +276,7 @@ class ModelRunner:
         compiled = () if self._compiled_blocks is None else (self._compiled_blocks.describe(),)
         graphed = () if self._graphed_blocks is None else self._graphed_blocks.describe()
         quantized = () if self._config.quantization is None else (self._config.quantization,)
-        peers = ("memory of peers",) if self._groups.use_peer_memory else ()
-        return (*compiled, *graphed, *quantized, *peers)
+        return (*compiled, *graphed, *quantized, *self._groups.describe())
 
     def _used_attention_backends(self) -> tuple[str, ...]:
         used = (layer.used_backends for layer in self._attention_layers)
