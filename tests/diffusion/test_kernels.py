@@ -135,11 +135,13 @@ def test_a_row_of_zeros_stays_zero_in_fp8():
     assert torch.isfinite(scales).all()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 9])
+@pytest.mark.parametrize("rows", [1, 2, 3, 9, 70])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_few_rows_by_a_weight_in_fp8(rows, has_bias):
     width, features = (3072, 18432) if DEVICE == "cuda" else (300, 48)
-    x, weight = drawn(rows, width), drawn(features, width, seed=1)
+    # The interpreter multiplies matrices of no bfloat16.
+    dtype = torch.float32 if DEVICE == "cpu" and rows > 4 else torch.bfloat16
+    x, weight = drawn(rows, width, dtype=dtype), drawn(features, width, seed=1)
     bias = drawn(features, seed=2) if has_bias else None
     scales = weight.float().abs().amax(1) / 448
     quantized = (weight.float() / scales[:, None]).to(torch.float8_e4m3fn)
@@ -200,3 +202,37 @@ def test_copies_of_rows_in_turn(count, head_size):
     for target, source in twins:
         target.copy_(source)
     assert all(torch.equal(ours, other) for ours, other in zip(wholes, expected, strict=True))
+
+
+def channels_last(*shape, seed=0):
+    x = drawn(*shape, seed=seed)
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(96, 8), (128, 32)])
+@pytest.mark.parametrize("silu", [False, True])
+def test_group_norm_of_channels_last_pictures(channels, groups, silu, monkeypatch):
+    """With a mean that is large beside what varies, and a last chunk that is not full."""
+    module = kernels("channel_norm")
+    monkeypatch.setattr(module, "_VALUES", 1024)
+    monkeypatch.setattr(module, "_CHUNKS", 4)
+    x = channels_last(2, channels, 9, 7) + 20
+    weight, bias = drawn(channels, seed=1), drawn(channels, seed=2)
+    ours = module.group_norm(x, groups, weight, bias, 1e-6, silu)
+    assert ours.stride() == x.stride(), "the next convolution takes it as it is"
+    expected = F.group_norm(x.float(), groups, weight.float(), bias.float(), 1e-6)
+    assert_near(ours, F.silu(expected) if silu else expected)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("silu", [False, True])
+def test_norm_of_the_channels_of_each_pixel(has_bias, silu, monkeypatch):
+    module = kernels("channel_norm")
+    monkeypatch.setattr(module, "_VALUES", 1024)
+    x, weight = channels_last(2, 96, 3, 5, 3), drawn(96, 1, 1, 1, seed=1)
+    x[0, :, 0, 0, 0] = 0
+    bias = drawn(96, 1, 1, 1, seed=2) if has_bias else None
+    ours = module.channel_rms_norm(x, weight, bias, 96**0.5, silu)
+    assert ours.stride() == x.stride()
+    expected = F.normalize(x.float(), dim=1) * 96**0.5 * weight.float() + (0 if bias is None else bias.float())
+    assert_near(ours, F.silu(expected) if silu else expected)

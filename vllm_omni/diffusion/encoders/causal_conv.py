@@ -20,7 +20,18 @@ def use_single_frame_convolutions(autoencoder: nn.Module) -> None:
     """
     for module in autoencoder.modules():
         if _is_causal(module):
-            module.forward = _SingleFrameForward(module)
+            module.forward = SingleFrameForward(module)
+
+
+def use_spatial_padding(autoencoder: nn.Module) -> None:
+    """Let causal 3D convolutions pad height and width as they compute, instead of copying their input first."""
+    for module in autoencoder.modules():
+        if not _is_causal(module):
+            continue
+        if isinstance(module.forward, SingleFrameForward):
+            module.forward.use_spatial_padding()
+        else:
+            module.forward = _PaddedForward(module)
 
 
 def _is_causal(module: nn.Module) -> bool:
@@ -29,7 +40,28 @@ def _is_causal(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv3d) and isinstance(padding, tuple) and len(padding) == 6 and padding[5] == 0
 
 
-class _SingleFrameForward:
+class _PaddedForward:
+    """The ``forward`` of one convolution. The past is given, zeros, or both."""
+
+    def __init__(self, conv: Any) -> None:
+        self._conv = conv
+        self._past = conv._padding[4]
+        self._padding = (0, conv._padding[2], conv._padding[0])
+
+    def __call__(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
+        """``[B, C, F, H, W] -> [B, C', F', H', W']``."""
+        conv, parts = self._conv, [x]
+        if cache_x is not None and self._past > 0:
+            parts.insert(0, cache_x)
+        num_missing = self._past - sum(part.shape[2] for part in parts[:-1])
+        if num_missing > 0:
+            parts.insert(0, torch.zeros_like(x[:, :, :1]).expand(-1, -1, num_missing, -1, -1))
+        joined = x if len(parts) == 1 else torch.cat(parts, dim=2)
+        joined = joined[:, :, max(-num_missing, 0) :]
+        return F.conv3d(joined, conv.weight, conv.bias, conv.stride, self._padding, conv.dilation, conv.groups)
+
+
+class SingleFrameForward:
     """The ``forward`` of one convolution."""
 
     def __init__(self, conv: Any) -> None:
@@ -38,6 +70,12 @@ class _SingleFrameForward:
         self._past = conv._padding[4]
         self._padding = (conv._padding[2], conv._padding[0])
         self._weight = conv.weight.detach()[:, :, -1].contiguous()
+
+    def use_spatial_padding(self) -> None:
+        self._original = _PaddedForward(self._conv)
+
+    def use_channels_last(self) -> None:
+        self._weight = self._weight.contiguous(memory_format=torch.channels_last)
 
     def __call__(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
         """``[B, C, F, H, W] -> [B, C', F', H', W']``."""

@@ -18,11 +18,11 @@ def use_squared_sums(autoencoder: nn.Module) -> None:
     time of decoding a picture.
     """
     for module in autoencoder.modules():
-        if _is_channel_norm(module):
+        if is_channel_norm(module):
             module.forward = _SquaredSumForward(module)
 
 
-def _is_channel_norm(module: nn.Module) -> bool:
+def is_channel_norm(module: nn.Module) -> bool:
     """Whether a module is diffusers' RMS norm of channels: ``normalize(x, dim=1) * scale * gamma + bias``."""
     return getattr(module, "channel_first", False) is True and hasattr(module, "gamma") and hasattr(module, "scale")
 

@@ -1,12 +1,16 @@
 """A linear layer of few rows whose weight is in FP8 (e4m3): bound by reading the weight, which is half as much.
 
+Up to 4 rows are multiplied by sums in registers, more by tensor cores; both in the dtype of the input, to which the
+weight is converted on its way.
+
 Shapes: R rows, I input features, O output features.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -15,6 +19,16 @@ from vllm_omni.diffusion.layers.operators import operator
 _FEATURES = 8  # output features of a program
 _CHUNK = 512  # input features that it multiplies at once
 _MAX_ROWS = 4  # each keeps its sums in registers
+
+
+class Tile(NamedTuple):
+    """What a program multiplies at once where there are more rows than that."""
+
+    features: int = 64
+    rows: int = 64
+    chunk: int = 128  # input features
+    warps: int = 4
+    stages: int = 4
 
 
 @triton.jit
@@ -56,15 +70,48 @@ def _few_rows_linear(
     tl.store(out + rows[:, None] * num_features + features[None, :], output.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _more_rows_linear(
+    x,
+    weight,
+    scales,
+    bias,
+    out,
+    num_rows,
+    width: tl.constexpr,
+    num_features: tl.constexpr,
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    features = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, CHUNK)
+    # What lies outside is read from the first row or feature, and not stored.
+    weights = weight + tl.where(features < num_features, features, 0).to(tl.int64)[:, None] * width + columns[None, :]
+    values = x + tl.where(rows < num_rows, rows, 0)[None, :] * width + columns[:, None]
+    sums = tl.zeros((FEATURES, ROWS), dtype=tl.float32)
+    for start in range(0, width, CHUNK):
+        inside = start + columns < width
+        # The weight comes first in the product: there it may stay in the registers in which it is converted.
+        left = tl.load(weights + start, mask=inside[None, :], other=0.0).to(x.dtype.element_ty)
+        sums = tl.dot(left, tl.load(values + start, mask=inside[:, None], other=0.0), sums)
+    sums *= tl.load(scales + features, mask=features < num_features, other=0.0)[:, None]
+    if HAS_BIAS:
+        sums += tl.load(bias + features, mask=features < num_features, other=0.0).to(tl.float32)[:, None]
+    mask = (rows < num_rows)[None, :] & (features < num_features)[:, None]
+    tl.store(out + rows[None, :] * num_features + features[:, None], sums.to(out.dtype.element_ty), mask=mask)
+
+
 def few_rows_linear(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """``x [R, I], weight [O, I] in FP8, scales [1, O] in float32, bias [O] -> [R, O]`` in the dtype of x."""
     x = x.contiguous()
     num_features, width = weight.shape
-    if x.shape[0] > _MAX_ROWS:  # a product of many rows pays for a weight in the dtype of x
-        scaled = F.linear(x, weight.to(x.dtype)).float() * scales
-        return (scaled if bias is None else scaled + bias).to(x.dtype)
+    if x.shape[0] > _MAX_ROWS:
+        return more_rows_linear(x, weight, scales, bias, Tile())
     output = x.new_empty(x.shape[0], num_features)
     _few_rows_linear[(triton.cdiv(num_features, _FEATURES),)](
         x,
@@ -80,6 +127,31 @@ def few_rows_linear(
         CHUNK=_CHUNK,
         HAS_BIAS=bias is not None,
         num_warps=4,
+    )
+    return output
+
+
+def more_rows_linear(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, tile: Tile
+) -> torch.Tensor:
+    """The same for contiguous rows of any number, on tensor cores."""
+    num_features, width = weight.shape
+    output = x.new_empty(x.shape[0], num_features)
+    _more_rows_linear[(triton.cdiv(num_features, tile.features), triton.cdiv(x.shape[0], tile.rows))](
+        x,
+        weight,
+        scales,
+        x if bias is None else bias,
+        output,
+        x.shape[0],
+        width=width,
+        num_features=num_features,
+        ROWS=tile.rows,
+        FEATURES=tile.features,
+        CHUNK=tile.chunk,
+        HAS_BIAS=bias is not None,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
     return output
 
