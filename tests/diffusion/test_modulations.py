@@ -19,7 +19,7 @@ from vllm_omni.diffusion.step_memory import ForwardRow, StepMemory, forward_rows
 
 NUM_BLOCKS = 2  # of each kind, in the tiny models
 SAME = 1e-5  # of latents in float32, relative
-TEACACHE = {"cache_backend": "tea_cache", "cache_config": {"rel_l1_thresh": 5.0, "coefficients": [1.0, 0.0]}}
+TEACACHE = {"cache_backend": "tea_cache", "cache_config": {"rel_l1_thresh": 1.0, "coefficients": [0.2, 0.0]}}
 DBCACHE = {
     "cache_backend": "cache_dit",
     "cache_config": {"max_warmup_steps": 1, "residual_diff_threshold": 5.0, "max_continuous_cached_steps": 2},

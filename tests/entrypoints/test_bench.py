@@ -30,11 +30,12 @@ def test_each_batch_says_what_accelerated_it_and_the_options_are_kept(qwen_folde
     path = tmp_path / "latency.json"
     command = ["bench", "latency", "--model", str(qwen_folder), "--batch-size", "1", "2", "--steps", "4"]
     command += ["--size", "48x32", "--num-warmup", "0", "--num-trials", "1", "--output-json", str(path)]
-    command += ["--cache-backend", "tea_cache", "--cache-config", '{"rel_l1_thresh": 9}']
+    options = {"rel_l1_thresh": 1, "coefficients": [0.001, 0]}
+    command += ["--cache-backend", "tea_cache", "--cache-config", json.dumps(options)]
     assert main(command) == 0
     results = json.loads(path.read_text())
     assert [row["accelerations"] for row in results["batches"]] == [["tea_cache: skipped 2 of 4 forwards"]] * 2
-    assert results["options"] == {"cache_backend": "tea_cache", "cache_config": {"rel_l1_thresh": 9}}
+    assert results["options"] == {"cache_backend": "tea_cache", "cache_config": options}
     assert capsys.readouterr().out.count("tea_cache: skipped 2 of 4 forwards") == 1
 
 

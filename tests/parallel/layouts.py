@@ -25,5 +25,5 @@ FOUR: dict[str, dict[str, Any]] = {
     "hsdp2-cfg2": {"use_hsdp": True, "hsdp_shard_size": 2, "cfg_parallel_size": 2},
     "hsdp4-u2-r2": {"use_hsdp": True, "ulysses_degree": 2, "ring_degree": 2},
 }
-TEACACHE = {"cache_backend": "tea_cache", "cache_config": {"rel_l1_thresh": 5.0, "coefficients": [1.0, 0.0]}}
+TEACACHE = {"cache_backend": "tea_cache", "cache_config": {"rel_l1_thresh": 1.0, "coefficients": [0.2, 0.0]}}
 DBCACHE = {"cache_backend": "cache_dit", "cache_config": {"max_warmup_steps": 1, "residual_diff_threshold": 5.0}}

@@ -14,14 +14,17 @@ from vllm_omni.errors import InvalidConfigError, nearest_name
 StepMaskPolicy = Literal["slow", "medium", "balanced", "fast", "ultra"]
 StepPolicy = Literal["dynamic", "static"]
 
+# Of TeaCache, whose distance is the expected change of the transformer's output relative to the output.
+_MAX_DISTANCE = 1.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeaCacheConfig:
     """TeaCache (arXiv:2411.19108): skip all blocks while the input of the first one has changed little.
 
     The relative changes of the modulated input, each put through a polynomial, add up until they reach
-    ``rel_l1_thresh``; then the blocks are computed. 0 computes every step. ``coefficients`` has the highest degree
-    first; None takes the published ones of the model, or the change as it is.
+    ``rel_l1_thresh``, at most 1; then the blocks are computed. 0 computes every step. ``coefficients`` has the highest
+    degree first; None takes the published ones of the model, or the change as it is.
     """
 
     backend: ClassVar[str] = "tea_cache"
@@ -31,6 +34,9 @@ class TeaCacheConfig:
 
     def __post_init__(self) -> None:
         _check_threshold("rel_l1_thresh", self.rel_l1_thresh)
+        if self.rel_l1_thresh > _MAX_DISTANCE:
+            allowed = "at most 1: there the output would have changed by as much as it is; 0.1 to 0.8 are in use"
+            raise _error("rel_l1_thresh", self.rel_l1_thresh, allowed)
         if self.coefficients is None:
             return
         if not isinstance(self.coefficients, Sequence) or not self.coefficients:

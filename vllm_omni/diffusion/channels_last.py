@@ -38,7 +38,7 @@ def use_channels_last(autoencoder: nn.Module) -> None:
                 module.forward.use_channels_last()
         elif isinstance(module, nn.Upsample) and module.mode.startswith("nearest"):
             # Values are copied, so that the detour of some of these modules through float32 changes nothing.
-            module.forward = _NearestForward(module)
+            module.forward = _NearestForward(module)  # type: ignore[assignment]
         elif isinstance(module, nn.GroupNorm) or is_channel_norm(module):
             module.forward = _NormForward(module)
     for module in autoencoder.modules():

@@ -17,18 +17,17 @@ from vllm_omni.diffusion.denoise import denoise_step
 from vllm_omni.diffusion.models.qwen_image import pictures, pipeline_qwen_image_edit, pipeline_qwen_image_edit_plus
 
 STEPS = 5
-IDENTITY = {"coefficients": [1.0, 0.0]}
 NEVER = {
     "tea_cache": {"rel_l1_thresh": 0},
     "cache_dit": {"residual_diff_threshold": 0, "max_warmup_steps": 0},
 }
 ALWAYS = {
-    "tea_cache": {"rel_l1_thresh": 1e9} | IDENTITY,
+    "tea_cache": {"rel_l1_thresh": 1, "coefficients": [1e-9, 0.0]},
     "cache_dit": {"residual_diff_threshold": 1e9, "max_warmup_steps": 0, "max_continuous_cached_steps": -1},
 }
 # Some steps are skipped, and which ones depends on the step that a request is at.
 SOME = {
-    "tea_cache": {"rel_l1_thresh": 2.5} | IDENTITY,
+    "tea_cache": {"rel_l1_thresh": 1, "coefficients": [0.4, 0.0]},
     "cache_dit": {"residual_diff_threshold": 1e9, "max_warmup_steps": 2, "max_continuous_cached_steps": 1},
 }
 SIZE, VIDEO = {"height": 64, "width": 64}, {"height": 32, "width": 32, "num_frames": 5}

@@ -28,6 +28,7 @@ GUIDED = {"prompt": "a red circle", "negative_prompt": "blurry"}
         ("tea_cache", {"rel_l1_tresh": 0.2}, r"unknown key 'rel_l1_tresh'; did you mean 'rel_l1_thresh'\?"),
         ("cache_dit", {"Fn_compute_block": 1}, r"did you mean 'Fn_compute_blocks'\?"),
         ("tea_cache", {"rel_l1_thresh": -0.1}, "rel_l1_thresh=-0.1 must be a number of at least 0"),
+        ("tea_cache", {"rel_l1_thresh": 1.1}, "rel_l1_thresh=1.1 must be at most 1: .*as much as it is"),
         ("tea_cache", {"rel_l1_thresh": float("nan")}, "rel_l1_thresh=nan must be"),
         ("tea_cache", {"rel_l1_thresh": "0.2"}, "rel_l1_thresh='0.2' must be"),
         ("tea_cache", {"rel_l1_thresh": True}, "rel_l1_thresh=True must be"),
@@ -138,7 +139,7 @@ def test_coefficients_go_with_the_transformer_that_they_were_fitted_for():
 
 
 def test_the_receipt_says_which_cache_and_how_much_it_skipped(qwen_folder):
-    options = {"rel_l1_thresh": 1e9, "coefficients": [1, 0]}
+    options = {"rel_l1_thresh": 1, "coefficients": [1e-9, 0]}
     with Omni(str(qwen_folder), cache_backend="tea_cache", cache_config=options) as omni:
         guided, plain = omni.generate([GUIDED, "a red circle"], PARAMS)
     assert (guided.receipt.step_cache.num_forwards, guided.receipt.step_cache.num_skipped) == (8, 4)
