@@ -28,10 +28,9 @@ from benchmarks.full_size import exclusive, shared, synchronize
 from benchmarks.full_size_models import MODELS
 from benchmarks.kernel_profile import write_profile
 from benchmarks.report import environment, median, write_json
-from vllm_omni.diffusion.channels_last import use_channels_last
-from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.encoders.causal_conv import use_single_frame_convolutions
-from vllm_omni.diffusion.model_loader.components import load_autoencoder
+from vllm_omni.diffusion.encoders.channels_last import use_channels_last
+from vllm_omni.diffusion.model_loader.components import default_dtype, fill_with_random_weights
 
 
 def weights_channels_last(vae: nn.Module) -> None:
@@ -70,13 +69,15 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def built(args: argparse.Namespace, dtype: str) -> Any:
+def built(args: argparse.Namespace, dtype: torch.dtype, *changes: Callable[[Any], None]) -> Any:
     folder = MODELS[args.model].path
     name = json.loads((folder / "model_index.json").read_text())["vae"][1]
-    od_config = OmniDiffusionConfig.from_options(
-        model=str(folder), model_class_name="", device=args.device, dtype=dtype, load_format="dummy"
-    )
-    vae = load_autoencoder(getattr(importlib.import_module("diffusers"), name), od_config)
+    model_class = getattr(importlib.import_module("diffusers"), name)
+    with torch.device(args.device), default_dtype(dtype):
+        vae = model_class.from_config(model_class.load_config(str(folder / "vae"))).eval()
+    fill_with_random_weights(vae)
+    for change in changes:
+        change(vae)
     if args.frames == 1 and "z_dim" in vae.config:
         use_single_frame_convolutions(vae)
     return vae
@@ -95,9 +96,7 @@ def latents(args: argparse.Namespace, vae: Any, height: int, width: int, frames:
 @torch.inference_mode()
 def measured(args: argparse.Namespace, name: str, expected: torch.Tensor) -> dict[str, Any]:
     with shared(args.lock):
-        vae = built(args, "bfloat16")
-        for change in VARIANTS[name]:
-            change(vae)
+        vae = built(args, torch.bfloat16, *VARIANTS[name])
         given = latents(args, vae, args.height, args.width, args.frames)
 
         def decode() -> torch.Tensor:
@@ -151,7 +150,7 @@ def main() -> None:
         "cudnn_benchmark": args.benchmark,
     }
     with torch.inference_mode():
-        expected = small(args, built(args, "float32"))
+        expected = small(args, built(args, torch.float32))
     for name in args.variants:
         try:
             results[name] = measured(args, name, expected)

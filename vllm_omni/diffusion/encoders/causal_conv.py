@@ -20,17 +20,13 @@ def use_single_frame_convolutions(autoencoder: nn.Module) -> None:
     """
     for module in autoencoder.modules():
         if _is_causal(module):
-            module.forward = SingleFrameForward(module)
+            module.forward = _SingleFrameForward(module)
 
 
 def use_spatial_padding(autoencoder: nn.Module) -> None:
     """Let causal 3D convolutions pad height and width as they compute, instead of copying their input first."""
     for module in autoencoder.modules():
-        if not _is_causal(module):
-            continue
-        if isinstance(module.forward, SingleFrameForward):
-            module.forward.use_spatial_padding()
-        else:
+        if _is_causal(module):
             module.forward = _PaddedForward(module)
 
 
@@ -61,7 +57,7 @@ class _PaddedForward:
         return F.conv3d(joined, conv.weight, conv.bias, conv.stride, self._padding, conv.dilation, conv.groups)
 
 
-class SingleFrameForward:
+class _SingleFrameForward:
     """The ``forward`` of one convolution."""
 
     def __init__(self, conv: Any) -> None:
@@ -69,13 +65,9 @@ class SingleFrameForward:
         self._conv = conv
         self._past = conv._padding[4]
         self._padding = (conv._padding[2], conv._padding[0])
-        self._weight = conv.weight.detach()[:, :, -1].contiguous()
-
-    def use_spatial_padding(self) -> None:
-        self._original = _PaddedForward(self._conv)
-
-    def use_channels_last(self) -> None:
-        self._weight = self._weight.contiguous(memory_format=torch.channels_last)
+        is_channels_last = conv.weight.stride(1) == 1
+        order = torch.channels_last if is_channels_last else torch.contiguous_format
+        self._weight = conv.weight.detach()[:, :, -1].contiguous(memory_format=order)
 
     def __call__(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
         """``[B, C, F, H, W] -> [B, C', F', H', W']``."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vllm_omni.diffusion.encoders.causal_conv import SingleFrameForward, use_spatial_padding
+from vllm_omni.diffusion.encoders.causal_conv import use_spatial_padding
 from vllm_omni.diffusion.encoders.channel_norm import is_channel_norm
 from vllm_omni.diffusion.layers import kernels
 
@@ -34,8 +34,6 @@ def use_channels_last(autoencoder: nn.Module) -> None:
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
             order = torch.channels_last if isinstance(module, nn.Conv2d) else torch.channels_last_3d
             module.weight.data = module.weight.data.contiguous(memory_format=order)
-            if isinstance(module.forward, SingleFrameForward):
-                module.forward.use_channels_last()
         elif isinstance(module, nn.Upsample) and module.mode.startswith("nearest"):
             # Values are copied, so that the detour of some of these modules through float32 changes nothing.
             module.forward = _NearestForward(module)  # type: ignore[assignment]
