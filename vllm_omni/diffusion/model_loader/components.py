@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.encoders.channel_norm import use_squared_sums
+from vllm_omni.diffusion.encoders.channels_last import use_channels_last
 from vllm_omni.diffusion.layers.linear import LinearBase
 from vllm_omni.diffusion.model_loader.weights import (
     AutoWeightsLoader,
@@ -56,6 +57,8 @@ def load_autoencoder(model_class: Any, od_config: OmniDiffusionConfig, subfolder
         check_complete(vae.state_dict().keys(), loaded, str(folder))
     if od_config.torch_device.type == "cpu":
         use_squared_sums(vae)
+    else:
+        use_channels_last(vae)
     if od_config.memory.vae_use_slicing:
         vae.enable_slicing()
     if od_config.memory.vae_use_tiling:
