@@ -135,7 +135,7 @@ def test_a_row_of_zeros_stays_zero_in_fp8():
     assert torch.isfinite(scales).all()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 9, 70])
+@pytest.mark.parametrize("rows", [1, 2, 3, 9, 40, 70, 260])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_few_rows_by_a_weight_in_fp8(rows, has_bias):
     width, features = (3072, 18432) if DEVICE == "cuda" else (300, 48)
@@ -222,6 +222,25 @@ def test_group_norm_of_channels_last_pictures(channels, groups, silu, monkeypatc
     assert ours.stride() == x.stride(), "the next convolution takes it as it is"
     expected = F.group_norm(x.float(), groups, weight.float(), bias.float(), 1e-6)
     assert_near(ours, F.silu(expected) if silu else expected)
+    shift = drawn(channels, seed=3)
+    shifted = module.group_norm(x, groups, weight, bias, 1e-6, silu, shift)
+    expected = F.group_norm(x.float() + shift.float()[:, None, None], groups, weight.float(), bias.float(), 1e-6)
+    assert_near(shifted, F.silu(expected) if silu else expected)
+
+
+@pytest.mark.parametrize("width", [5, 300])
+def test_pictures_of_twice_the_side(width):
+    x = channels_last(2, 96, 3, width)
+    ours = kernels("channel_norm").double_sides(x)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(ours, F.interpolate(x, scale_factor=2.0, mode="nearest"), rtol=0, atol=0)
+
+
+def test_a_sum_with_the_bias_of_channels():
+    x, residual, bias = channels_last(2, 96, 9, 7), channels_last(2, 96, 9, 7, seed=1), drawn(96, seed=2)
+    expected = x.float() + residual.float() + bias.float()[:, None, None]
+    assert_near(kernels("channel_norm").add_to(x, residual, bias), expected)
+    assert_near(x, expected)
 
 
 @pytest.mark.parametrize("has_bias", [False, True])

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from vllm_omni.diffusion.encoders.causal_conv import use_spatial_padding
@@ -34,13 +36,14 @@ def use_channels_last(autoencoder: nn.Module) -> None:
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
             order = torch.channels_last if isinstance(module, nn.Conv2d) else torch.channels_last_3d
             module.weight.data = module.weight.data.contiguous(memory_format=order)
-        elif isinstance(module, nn.Upsample) and module.mode.startswith("nearest"):
-            # Values are copied, so that the detour of some of these modules through float32 changes nothing.
-            module.forward = _NearestForward(module)  # type: ignore[assignment]
+        elif _doubles(module):
+            module.forward = _UpsampleForward(module.conv if isinstance(module, Upsample2D) else None)
         elif isinstance(module, nn.GroupNorm) or is_channel_norm(module):
             module.forward = _NormForward(module)
     for module in autoencoder.modules():
         _fuse_activations(module)
+        if isinstance(module, ResnetBlock2D) and _is_plain(module):
+            module.forward = _ResidualForward(module)
 
 
 def _fuse_activations(module: Any) -> None:
@@ -66,28 +69,95 @@ class _NormForward:
         self._original = norm.forward
         self.silu = False
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """``[N, C, ...] -> [N, C, ...]``."""
+    def __call__(self, x: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
+        """``[N, C, ...] -> [N, C, ...]``. A group norm adds ``shift [C]`` first."""
         norm = self._norm
         if not kernels.take(x):
-            normalized: torch.Tensor = self._original(x)
+            normalized: torch.Tensor = self._original(x if shift is None else x + shift[:, None, None])
             return F.silu(normalized) if self.silu else normalized
         from vllm_omni.diffusion.layers.kernels.channel_norm import channel_rms_norm, group_norm
 
-        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        x = channels_last(x)
         if isinstance(norm, nn.GroupNorm):
-            return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, self.silu)
+            return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, self.silu, shift)
         bias = norm.bias if isinstance(norm.bias, torch.Tensor) else None
         return channel_rms_norm(x, norm.gamma, bias, norm.scale, self.silu)
 
 
-class _NearestForward:
-    """The ``forward`` of one upsampling."""
+class _ResidualForward:
+    """The ``forward`` of one residual block: norms and the sum add the biases of the convolutions before them."""
 
-    def __init__(self, upsample: nn.Upsample) -> None:
-        self._upsample = upsample
+    def __init__(self, block: Any) -> None:
+        self._block = block
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """``[N, C, H, W] -> [N, C, H', W']``."""
-        upsample = self._upsample
-        return F.interpolate(x, upsample.size, upsample.scale_factor, upsample.mode)
+    def __call__(self, x: torch.Tensor, temb: None = None) -> torch.Tensor:
+        """``[N, C, H, W] -> [N, C', H, W]``."""
+        block = self._block
+        hidden = _without_bias(block.conv1, block.norm1(x))
+        hidden = _without_bias(block.conv2, block.norm2(hidden, block.conv1.bias))
+        residual, bias = x, block.conv2.bias
+        if block.conv_shortcut is not None:
+            residual, bias = _without_bias(block.conv_shortcut, x), bias + block.conv_shortcut.bias
+        if not kernels.take(x):
+            return residual + hidden + bias[:, None, None]
+        from vllm_omni.diffusion.layers.kernels.channel_norm import add_to
+
+        return add_to(channels_last(hidden), channels_last(residual), bias)
+
+
+def _is_plain(block: Any) -> bool:
+    """Whether a residual block is two activated norms and convolutions of biases, and nothing else."""
+    convolutions = [block.conv1, block.conv2, *([] if block.conv_shortcut is None else [block.conv_shortcut])]
+    return (
+        block.time_emb_proj is None
+        and block.time_embedding_norm == "default"
+        and block.upsample is block.downsample is None
+        and block.output_scale_factor == 1
+        and all(isinstance(norm.forward, _NormForward) and norm.forward.silu for norm in (block.norm1, block.norm2))
+        and all(conv.bias is not None for conv in convolutions)
+    )
+
+
+def _without_bias(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """``[N, C, ...]``, the channels of a pixel one after the other in memory, and then the next pixel's."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+class _UpsampleForward:
+    """The ``forward`` of one module that doubles height and width by copies of the nearest pixel.
+
+    Some of these modules compute that in float32, which changes nothing. A convolution may follow.
+    """
+
+    def __init__(self, conv: nn.Module | None = None) -> None:
+        self._conv = conv
+
+    def __call__(self, x: torch.Tensor, output_size: None = None) -> torch.Tensor:
+        """``[N, C, H, W] -> [N, C', 2 H, 2 W]``."""
+        if kernels.take(x):
+            from vllm_omni.diffusion.layers.kernels.channel_norm import double_sides
+
+            doubled = double_sides(channels_last(x))
+        else:
+            doubled = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        if self._conv is None:
+            return doubled
+        output: torch.Tensor = self._conv(doubled)
+        return output
+
+
+def _doubles(module: Any) -> bool:
+    """Whether a module is an upsampling by two, to the nearest pixel."""
+    if isinstance(module, Upsample2D):
+        plain = module.use_conv and not module.use_conv_transpose and module.interpolate and module.norm is None
+        return plain and module.name == "conv"
+    return (
+        isinstance(module, nn.Upsample)
+        and module.mode.startswith("nearest")
+        and module.size is None
+        and module.scale_factor in (2.0, (2.0, 2.0))
+    )

@@ -1,8 +1,8 @@
-"""Norms of pictures whose channels lie together in memory (channels-last), with SiLU after them.
+"""Norms of pictures whose channels lie together (channels-last) with SiLU after them, and what is between.
 
 torch's group norm of a GPU turns its input into channels-first memory, and the convolution after it turns that back.
 
-Shapes: N pictures, C channels, P pixels of all frames, G groups, K chunks of pixels.
+Shapes: N pictures, C channels, ``...`` frames, H height, W width.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def _group_factors(
     moments,
     weight,
     bias,
+    shift,
     factors,
     num_pixels,
     num_chunks,
@@ -48,33 +49,40 @@ def _group_factors(
     SIZE: tl.constexpr,
     PIXELS: tl.constexpr,
     CHUNKS: tl.constexpr,
-    PARTS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
 ):
     group, picture = tl.program_id(0), tl.program_id(1).to(tl.int64)
     inside = tl.arange(0, SIZE) < WIDTH
     channels = group * WIDTH + tl.arange(0, SIZE)
     start = moments + picture * num_chunks * 2 * num_channels
+    shifts = tl.zeros((SIZE,), dtype=tl.float32)
+    if HAS_SHIFT:
+        shifts += tl.load(shift + channels, mask=inside, other=0.0).to(tl.float32)
+    size = num_pixels * 1.0 * WIDTH
     totals = tl.zeros((CHUNKS, SIZE), dtype=tl.float32)
-    for part in tl.static_range(0, PARTS):
-        chunks = part * CHUNKS + tl.arange(0, CHUNKS)[:, None]
+    first = 0
+    while first < num_chunks:
+        chunks = first + tl.arange(0, CHUNKS)[:, None]
         mask = (chunks < num_chunks) & inside[None, :]
         counts = tl.minimum(num_pixels - chunks * PIXELS, PIXELS).to(tl.float32)
         means = tl.load(start + chunks * 2 * num_channels + channels[None, :], mask=mask, other=0.0)
-        totals += tl.where(mask, means * counts, 0.0)
-    size = num_pixels * 1.0 * WIDTH
+        totals += tl.where(mask, (means + shifts[None, :]) * counts, 0.0)
+        first += CHUNKS
     mean = tl.sum(tl.sum(totals, axis=1), axis=0) / size
     totals = tl.zeros((CHUNKS, SIZE), dtype=tl.float32)
-    for part in tl.static_range(0, PARTS):
-        chunks = part * CHUNKS + tl.arange(0, CHUNKS)[:, None]
+    first = 0
+    while first < num_chunks:
+        chunks = first + tl.arange(0, CHUNKS)[:, None]
         mask = (chunks < num_chunks) & inside[None, :]
         counts = tl.minimum(num_pixels - chunks * PIXELS, PIXELS).to(tl.float32)
         place = start + chunks * 2 * num_channels + channels[None, :]
-        difference = tl.load(place, mask=mask, other=0.0) - mean
+        difference = tl.load(place, mask=mask, other=0.0) + shifts[None, :] - mean
         squares = tl.load(place + num_channels, mask=mask, other=0.0)
         totals += tl.where(mask, squares + difference * difference * counts, 0.0)
+        first += CHUNKS
     inverse = tl.rsqrt(tl.sum(tl.sum(totals, axis=1), axis=0) / size + eps)
     factor = inverse * tl.load(weight + channels, mask=inside, other=0.0).to(tl.float32)
-    offset = tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32) - mean * factor
+    offset = tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32) + (shifts - mean) * factor
     place = factors + picture * 2 * num_channels + channels
     tl.store(place, factor, mask=inside)
     tl.store(place + num_channels, offset, mask=inside)
@@ -135,10 +143,44 @@ def _channel_rms_norm(
     tl.store(out + place, values.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _add_to(x, residual, bias, num_pixels, num_channels: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    pixels = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)[:, None]
+    channels = tl.arange(0, CHANNELS)
+    within = channels < num_channels
+    mask = (pixels < num_pixels) & within[None, :]
+    place = pixels * num_channels + channels[None, :]
+    values = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+    values += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+    values += tl.load(bias + channels, mask=within, other=0.0).to(tl.float32)[None, :]
+    tl.store(x + place, values.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _double_sides(x, out, width, num_channels: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)  # of all pictures, so that its two rows of the output are 2 * row and the next
+    columns = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)[:, None]
+    channels = tl.arange(0, CHANNELS)[None, :]
+    mask = (columns < width) & (channels < num_channels)
+    values = tl.load(x + (row * width + columns) * num_channels + channels, mask=mask, other=0.0)
+    for part in tl.static_range(4):
+        place = (2 * row + part // 2) * 2 * width + 2 * columns + part % 2
+        tl.store(out + place * num_channels + channels, values, mask=mask)
+
+
 def group_norm(
-    x: torch.Tensor, num_groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float, silu: bool
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    silu: bool,
+    shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x [N, C, ...]``, normalised by group of channels, then its SiLU if asked for; both channels-last."""
+    """``x [N, C, ...]``, normalised by group of channels, then its SiLU if asked for; both channels-last.
+
+    ``shift [C]`` is added to x first, as the bias of the convolution before.
+    """
     pictures, channels = x.shape[:2]
     num_pixels = x[0, 0].numel()
     sizes = _sizes(channels)
@@ -147,13 +189,13 @@ def group_norm(
     factors = x.new_empty((pictures, 2, channels), dtype=torch.float32)
     out = torch.empty_like(x)
     width = channels // num_groups
-    chunks_at_once = min(_CHUNKS, triton.next_power_of_2(num_chunks))
     grid = (num_chunks, pictures)
     _chunk_moments[grid](x, moments, num_pixels, num_channels=channels, **sizes, num_warps=8)
     _group_factors[(num_groups, pictures)](
         moments,
         weight,
         bias,
+        weight if shift is None else shift,
         factors,
         num_pixels,
         num_chunks,
@@ -162,8 +204,8 @@ def group_norm(
         WIDTH=width,
         SIZE=triton.next_power_of_2(width),
         PIXELS=sizes["PIXELS"],
-        CHUNKS=chunks_at_once,
-        PARTS=triton.next_power_of_2(triton.cdiv(num_chunks, chunks_at_once)),  # so that few sizes compile it anew
+        CHUNKS=_CHUNKS,
+        HAS_SHIFT=shift is not None,
         num_warps=8,
     )
     _scale_and_shift[grid](x, factors, out, num_pixels, num_channels=channels, **sizes, SILU=silu, num_warps=8)
@@ -194,6 +236,26 @@ def channel_rms_norm(
     return out
 
 
-def _sizes(channels: int) -> dict[str, int]:
+def add_to(x: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """``x [N, C, ...] + residual [N, C, ...] + bias [C]`` in the memory of x; all channels-last."""
+    channels = x.shape[1]
+    num_pixels = x.numel() // channels
+    sizes = _sizes(channels)
+    grid = (triton.cdiv(num_pixels, sizes["PIXELS"]),)
+    _add_to[grid](x, residual, bias, num_pixels, num_channels=channels, **sizes, num_warps=8)
+    return x
+
+
+def double_sides(x: torch.Tensor) -> torch.Tensor:
+    """``x [N, C, H, W] -> [N, C, 2 H, 2 W]``, each pixel four times; both channels-last."""
+    pictures, channels, height, width = x.shape
+    out = x.new_empty((pictures, 2 * height, 2 * width, channels)).permute(0, 3, 1, 2)
+    sizes = _sizes(channels, 4096)
+    grid = (pictures * height, triton.cdiv(width, sizes["PIXELS"]))
+    _double_sides[grid](x, out, width, num_channels=channels, **sizes, num_warps=4)
+    return out
+
+
+def _sizes(channels: int, values: int | None = None) -> dict[str, int]:
     block = triton.next_power_of_2(channels)
-    return {"PIXELS": max(_VALUES // block, 1), "CHANNELS": block}
+    return {"PIXELS": max((_VALUES if values is None else values) // block, 1), "CHANNELS": block}

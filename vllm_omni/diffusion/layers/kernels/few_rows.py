@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -19,13 +20,14 @@ from vllm_omni.diffusion.layers.operators import operator
 _FEATURES = 8  # output features of a program
 _CHUNK = 512  # input features that it multiplies at once
 _MAX_ROWS = 4  # each keeps its sums in registers
+_MAX_TILED_ROWS = 256
 
 
 class Tile(NamedTuple):
     """What a program multiplies at once where there are more rows than that."""
 
-    features: int = 64
-    rows: int = 64
+    features: int
+    rows: int
     chunk: int = 128  # input features
     warps: int = 4
     stages: int = 4
@@ -110,8 +112,11 @@ def few_rows_linear(
     """``x [R, I], weight [O, I] in FP8, scales [1, O] in float32, bias [O] -> [R, O]`` in the dtype of x."""
     x = x.contiguous()
     num_features, width = weight.shape
+    if x.shape[0] > _MAX_TILED_ROWS:  # a product of many rows pays for a weight in the dtype of x
+        scaled = F.linear(x, weight.to(x.dtype)).float() * scales
+        return (scaled if bias is None else scaled + bias).to(x.dtype)
     if x.shape[0] > _MAX_ROWS:
-        return more_rows_linear(x, weight, scales, bias, Tile())
+        return more_rows_linear(x, weight, scales, bias, choose_tile(x.shape[0]))
     output = x.new_empty(x.shape[0], num_features)
     _few_rows_linear[(triton.cdiv(num_features, _FEATURES),)](
         x,
@@ -129,6 +134,16 @@ def few_rows_linear(
         num_warps=4,
     )
     return output
+
+
+def choose_tile(num_rows: int) -> Tile:
+    """From a sweep on an H100, 3072 input features; a weight turned to bf16 before took 245 us.
+
+    18432 output features: 38 us for 28 rows, 49 for 50, 77 for 100, where reading the weight takes 19.
+    """
+    if num_rows <= 64:
+        return Tile(64, 32 if num_rows <= 32 else 64)
+    return Tile(128, 64, warps=8)
 
 
 def more_rows_linear(
