@@ -15,9 +15,19 @@ from vllm_omni.diffusion.layers import kernels
 
 VIDEO = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
 VIDEO |= {"temperal_downsample": [False, True, True], "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+
+
+def tiled():
+    vae = autoencoder_kl()
+    vae.enable_tiling()
+    vae.tile_sample_min_size, vae.tile_latent_min_size = 32, 4
+    return vae
+
+
 # name: (autoencoder, shape of latents)
 AUTOENCODERS = {
     "pictures": (autoencoder_kl, (2, 4, 6, 4)),
+    "pictures in tiles": (tiled, (1, 4, 9, 6)),
     "one frame": (lambda: AutoencoderKLQwenImage(**VIDEO), (2, 4, 1, 6, 4)),
     "frames": (lambda: AutoencoderKLWan(**VIDEO), (1, 4, 3, 6, 4)),
     "frames of residual blocks": (
