@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from tests.tiny import initialize
 from tests.tiny_flux import autoencoder_kl
+from vllm_omni.diffusion.encoders import channels_last
 from vllm_omni.diffusion.encoders.causal_conv import use_single_frame_convolutions
 from vllm_omni.diffusion.encoders.channels_last import use_channels_last
 from vllm_omni.diffusion.layers import kernels
@@ -75,6 +77,14 @@ def test_every_norm_but_those_before_attention_computes_the_activation_after_it(
     plain = {path for path, module in vae.named_modules() if getattr(module.forward, "silu", None) is False}
     assert plain
     assert all("attention" in path for path in plain)
+
+
+def test_every_residual_block_of_pictures_adds_the_biases_itself():
+    vae = autoencoder_kl()
+    use_channels_last(vae)
+    blocks = [module for module in vae.modules() if isinstance(module, ResnetBlock2D)]
+    assert len(blocks) > 8
+    assert all(isinstance(block.forward, channels_last._ResidualForward) for block in blocks)
 
 
 def test_an_activation_that_others_use_stays_where_it_is():

@@ -110,7 +110,7 @@ def _is_plain(block: Any) -> bool:
     convolutions = [block.conv1, block.conv2, *([] if block.conv_shortcut is None else [block.conv_shortcut])]
     return (
         block.time_emb_proj is None
-        and block.time_embedding_norm == "default"
+        and block.time_embedding_norm in ("default", "group")  # a plain group norm, both
         and block.upsample is block.downsample is None
         and block.output_scale_factor == 1
         and all(isinstance(norm.forward, _NormForward) and norm.forward.silu for norm in (block.norm1, block.norm2))

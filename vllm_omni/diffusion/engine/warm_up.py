@@ -15,8 +15,9 @@ from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
 
-# The first step of a shape compiles, the third captures a CUDA graph, the fourth replays it.
-_NUM_STEPS = 4
+# The first step of a shape compiles, the third captures a CUDA graph, the fourth replays it. From five steps on their
+# modulations are prepared by the kernel that longer requests use.
+_NUM_STEPS = 5
 _PICTURE_SIDE = 1024  # of the picture to edit, where the size follows from it
 
 
