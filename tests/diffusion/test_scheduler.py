@@ -200,7 +200,7 @@ def test_batches_are_used_where_they_raise_throughput_and_not_where_they_only_de
 
 def test_a_small_shape_that_gains_nothing_is_found_out(clock):
     costs = StepCosts()
-    for rows in (1, 2, 4, 8, 8, 8):
+    for rows in (1, 2, 4, 8, 1, 2, 4, 8):
         costs.observe("small", 512 * 512, rows, 0.01 * rows)
     assert costs.best_rows("small", 512 * 512, 1, 8) == 1
     for rows in (1, 2, 4, 8):
@@ -208,6 +208,19 @@ def test_a_small_shape_that_gains_nothing_is_found_out(clock):
             costs.observe("other", 512 * 512, rows, 0.01)
     assert costs.best_rows("other", 512 * 512, 1, 8) == 8
     assert costs.best_rows("other", 512 * 512, 4, 4) == 4
+
+
+def test_steps_that_were_disturbed_do_not_decide_how_many_rows_step_together():
+    costs = StepCosts()
+    costs.observe("shape", 256 * 256, 16, 1.5)  # the first of its size
+    for _ in range(7):
+        costs.observe("shape", 256 * 256, 8, 0.9)
+    assert costs.best_rows("shape", 256 * 256, 8, 16) == 16  # one says nothing
+    costs.observe("shape", 256 * 256, 16, 1.6)
+    costs.observe("shape", 256 * 256, 16, 2.0)
+    assert costs.best_rows("shape", 256 * 256, 8, 16) == 16
+    costs.observe("shape", 256 * 256, 8, 0.76)  # as good, but for 1 %
+    assert costs.best_rows("shape", 256 * 256, 8, 16) == 8
 
 
 def test_costs_of_what_was_never_run_follow_from_what_was():

@@ -17,7 +17,9 @@ _SMALL_VOLUME = 768 * 768
 # A larger batch makes each of its requests wait for the others: it must give at least so much more throughput.
 _LEAST_GAIN = 1.03
 _NUM_SAMPLES = 7
-# Every so many rounds of a shape a batch of another size is tried: what was slow once may have been bad luck.
+# The first step of a size is slow, as memory is taken and kernels are chosen, so one says nothing yet.
+_LEAST_SAMPLES = 2
+# Every so many rounds of a shape, the last few try a batch of another size: what was slow may have been bad luck.
 _ROUNDS_BETWEEN_TRIALS = 200
 
 
@@ -50,7 +52,7 @@ class StepCosts:
     def is_new(self, shape: Hashable, num_rows: int) -> bool:
         """Whether few steps of this shape and size were measured."""
         known = self._shapes.get(shape)
-        return known is None or len(known.samples.get(bucket_of(num_rows), ())) < 2
+        return known is None or len(known.samples.get(bucket_of(num_rows), ())) < _LEAST_SAMPLES
 
     def row_seconds(self, shape: Hashable, volume: int, num_rows: int) -> float:
         """Seconds of a row in a step of ``num_rows`` rows; from the nearest that was measured if this never was."""
@@ -76,15 +78,17 @@ class StepCosts:
         known = self._shapes.get(shape)
         if known is None:
             return most if volume < _SMALL_VOLUME else least
-        measured = {bucket: statistics.median(known.samples[bucket]) for bucket in buckets if bucket in known.samples}
-        unknown = [bucket for bucket in buckets if bucket not in measured]
-        if unknown and (volume < _SMALL_VOLUME or known.num_rounds % _ROUNDS_BETWEEN_TRIALS == 0):
+        unknown = [bucket for bucket in buckets if self.is_new(shape, bucket)]
+        # What disturbs a step, as a server's other threads do, makes it slower, so the fastest tells the most.
+        measured = {bucket: min(known.samples[bucket]) for bucket in buckets if bucket not in unknown}
+        is_trial = known.num_rounds % _ROUNDS_BETWEEN_TRIALS >= _ROUNDS_BETWEEN_TRIALS - _LEAST_SAMPLES
+        if unknown and (volume < _SMALL_VOLUME or is_trial):
             return min(unknown[-1], most)
         best = buckets[0]
         for bucket in buckets:
             if bucket in measured and measured[bucket] * _LEAST_GAIN < measured.get(best, float("inf")):
                 best = bucket
-        if known.num_rounds % _ROUNDS_BETWEEN_TRIALS == _ROUNDS_BETWEEN_TRIALS - 1:
+        if is_trial:
             index = buckets.index(best)
             best = buckets[index + 1 if index + 1 < len(buckets) else index - 1]
         return max(least, min(best, most))
