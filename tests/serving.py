@@ -20,7 +20,7 @@ from PIL import Image
 
 from vllm_omni import AsyncOmni
 from vllm_omni.entrypoints.openai.config import ServerConfig
-from vllm_omni.entrypoints.openai.run import HttpServer, bind
+from vllm_omni.entrypoints.openai.run import HttpServer, bind, open_storage
 
 # Small enough that a test is quick, large enough for the shipped model's patches.
 SMALL: dict[str, Any] = {"size": "64x64", "extra_body": {"num_inference_steps": 3, "seed": 1}}
@@ -64,14 +64,14 @@ class RunningServer:
 def _read(response: Any, status: int) -> tuple[int, Any, Any]:
     content = response.read()
     is_json = "json" in response.headers.get("Content-Type", "")
-    return status, response.headers, json.loads(content) if is_json else content
+    return status, response.headers, json.loads(content) if is_json and content else content
 
 
 @contextmanager
 def running_server(omni: AsyncOmni, **config: Any):
     """Serve ``omni`` on a free port until the end of the block. The engine stays open."""
     options = ServerConfig(**({"port": 0, "drain_timeout_s": 5} | config))
-    server = HttpServer(omni, options, None, bind(options))
+    server = HttpServer(omni, options, None, bind(options), open_storage(options))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

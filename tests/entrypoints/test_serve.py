@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny_wan
+from vllm_omni.entrypoints.cli import serve
 from vllm_omni.entrypoints.cli.main import main
 
 SMALL = {"prompt": "a red circle", "size": "64x64", "seed": 1}
@@ -139,6 +140,19 @@ def test_bad_options_are_told_before_anything_is_loaded(arguments, message, caps
         status = error.code
     assert status in (1, 2)
     assert message in capsys.readouterr().err
+
+
+def test_a_storage_that_cannot_be_used_is_told_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(serve, "AsyncOmni", lambda *_, **__: pytest.fail("a model was loaded"))
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/jobs.sqlite3").write_bytes(b"no database" * 100)
+    for name, message in (
+        ("file", "cannot be used: Not a directory"),
+        ("broken", "jobs.sqlite3 in it: file is not a data"),
+    ):
+        assert main(["serve", "--port", "0", "--storage-dir", str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_port_in_use_ends_the_server_with_an_error(tmp_path):

@@ -58,6 +58,15 @@ def test_features_that_exclude_each_other_are_refused_with_the_reason(qwen_folde
         Omni(str(qwen_folder), device="cpu", **options)
 
 
+@pytest.mark.parametrize("option", ["data_parallel_size", "cfg_parallel_size"])
+def test_more_ranks_than_a_cpu_can_hold_are_refused_with_their_number(qwen_folder, option):
+    with pytest.raises(
+        InvalidConfigError, match=rf"{option}=1000 makes 1000 ranks, and at most \d+ may share"
+    ) as caught:
+        Omni(str(qwen_folder), device="cpu", **{option: 1000})
+    assert caught.value.option == option
+
+
 def test_more_ranks_than_gpus_are_refused_with_their_number(qwen_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -118,6 +118,56 @@ def test_a_body_of_unknown_length_is_counted_as_it_comes(guarded):
             assert (error["param"], error["code"]) == ("body", "body_too_large")
 
 
+def opened(server, content_length):
+    """A request for pictures whose body is still to come."""
+    connection = http.client.HTTPConnection(*server.address.removeprefix("http://").split(":"), timeout=60)
+    connection.putrequest("POST", GENERATIONS)
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", str(content_length))
+    connection.endheaders()
+    return contextlib.closing(connection)
+
+
+def test_all_uploads_together_are_bounded_and_a_text_gets_through(shipped_omni):
+    megabyte = 2**20
+    with running_server(shipped_omni, max_body_mb=1, max_uploads_mb=2) as server, contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(opened(server, megabyte)) for _ in range(3)]
+        for connection in slow[:2]:
+            connection.send(b" " * (megabyte - 1))
+        gate = server.http_server.config.loaded_app.app
+        server.wait_until(lambda: gate._uploaded >= 2 * (megabyte - 1 - 2**16))
+        slow[2].send(b" " * (megabyte - 1))  # which was let in while there was room
+        with slow[2].getresponse() as response:
+            assert (response.status, response.headers["Retry-After"]) == (503, "10")
+            assert json.load(response)["error"]["code"] == "too_many_uploads"
+        with opened(server, megabyte) as refused, refused.getresponse() as response:  # before a byte of it
+            error = json.load(response)["error"]
+            assert (response.status, error["param"]) == (503, "body")
+            assert "of the 2 MB" in error["message"]
+        assert (
+            server.call("POST", GENERATIONS, {"prompt": "a cat", "size": "64x64", "num_inference_steps": 1})[0] == 200
+        )
+        for connection in slow[:2]:
+            connection.send(b" ")
+            with connection.getresponse() as response:
+                assert response.status == 400  # blanks are no JSON
+        server.wait_until(lambda: gate._uploaded == 0)
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/metrics", "/v1/models", "/ui/style.css"])
+def test_head_tells_what_get_would(server, path):
+    status, headers, content = server.call("HEAD", path)
+    assert (status, content) == (200, b"")
+    assert headers["Content-Type"] == server.call("GET", path)[1]["Content-Type"]
+    assert int(headers["Content-Length"]) > 0
+
+
+def test_head_of_what_does_not_end_or_is_not_there(server):
+    assert server.call("HEAD", "/v1/requests/none/events")[0] == 405
+    assert server.call("HEAD", GENERATIONS)[0] == 405
+    assert server.call("HEAD", "/files/none")[0] == 404
+
+
 def test_a_body_that_stops_coming_is_not_waited_for(shipped_omni):
     with running_server(shipped_omni, body_timeout_s=0.3) as running:
         host, port = running.address.removeprefix("http://").split(":")
@@ -262,6 +312,7 @@ def test_metrics_count_what_happened(server, client):
         {"api_key": "secret\n"},
         {"drain_timeout_s": -1},
         {"max_body_mb": True},
+        {"max_uploads_mb": 63},
     ],
 )
 def test_options_out_of_range_are_refused(options):

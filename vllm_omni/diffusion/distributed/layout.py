@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,9 @@ import torch
 
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.errors import FeatureNotAvailableError, InvalidConfigError
+
+# Ranks may share the cores of a CPU, to try a layout; more of them than this only use up its memory.
+_LEAST_CPU_RANKS, _CPU_RANKS_PER_CORE = 16, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,13 +160,18 @@ def _check_heads(od_config: OmniDiffusionConfig, layout: ParallelLayout) -> None
 def _check_devices(od_config: OmniDiffusionConfig, layout: ParallelLayout) -> None:
     device = od_config.torch_device
     needed = layout.world_size * layout.data
-    if device.type != "cuda" or needed == 1 or od_config.parallel_config.distributed_executor_backend == "ray":
-        return  # ranks may share a CPU; a cluster says itself whether it has room
-    usable = torch.cuda.device_count() - (device.index or 0)
+    if needed == 1 or od_config.parallel_config.distributed_executor_backend == "ray":
+        return  # a cluster says itself whether it has room
+    if device.type == "cuda":
+        usable = torch.cuda.device_count() - (device.index or 0)
+        shortage = f"needs {needed} GPUs, this machine has {usable} from {device} on"
+    else:
+        num_cores = os.cpu_count() or 1
+        usable = max(_LEAST_CPU_RANKS, _CPU_RANKS_PER_CORE * num_cores)
+        shortage = f"makes {needed} ranks, and at most {usable} may share the {num_cores} cores of this CPU"
     if needed > usable:
         raise InvalidConfigError(
-            f"{layout.product} needs {needed} GPUs, this machine has {usable} from {device} on; lower a size so that"
-            f" the product is at most {usable}",
+            f"{layout.product} {shortage}; lower a size so that the product is at most {usable}",
             option=max(layout.sizes, key=lambda name: layout.sizes[name]),
         )
 

@@ -7,13 +7,14 @@ import dataclasses
 import gc
 import resource
 import sys
+from contextlib import closing
 
 from vllm_omni import envs
 from vllm_omni.diffusion.data import TASKS
 from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.cli.arguments import add_engine_arguments, add_field_arguments, engine_values
 from vllm_omni.entrypoints.openai.config import ServerConfig
-from vllm_omni.entrypoints.openai.run import HttpServer, bind
+from vllm_omni.entrypoints.openai.run import HttpServer, bind, open_storage
 
 # A file descriptor for each client; the usual limit of 1024 can be raised to this by every user.
 _MOST_DESCRIPTORS = 10_240
@@ -39,10 +40,10 @@ def run(arguments: argparse.Namespace) -> None:
     # The engine's thread works in many short pieces; it must not wait 5 ms for the event loop between each two.
     sys.setswitchinterval(0.0005)
     _raise_descriptor_limit()
-    with bind(config) as listener:
+    with bind(config) as listener, closing(open_storage(config)) as storage:
         omni = AsyncOmni(arguments.model, task=arguments.task, max_queue=config.max_queue, **engine_values(given))
         with omni:
-            HttpServer(omni, config, arguments.model, listener).run()
+            HttpServer(omni, config, arguments.model, listener, storage).run()
     # The interpreter would look through all objects of all libraries several times before it ends, for a second.
     gc.freeze()
 

@@ -34,6 +34,9 @@ class ServerConfig:
     )
     max_queue: int = _option(256, "most requests that wait; a further one is answered 429 with Retry-After")
     max_body_mb: int = _option(64, "most megabytes of a request's body")
+    max_uploads_mb: int = _option(
+        1024, "most megabytes of all bodies in hand together; a further one is answered 503 with Retry-After"
+    )
     body_timeout_s: float = _option(30.0, "seconds that a client may pause while it sends a request")
     send_timeout_s: float = _option(60.0, "seconds that a client may leave a part of an answer unread")
     allowed_origins: tuple[str, ...] = _option(
@@ -59,6 +62,12 @@ class ServerConfig:
         for name in ("max_queue", "max_body_mb"):
             if getattr(self, name) < 1:
                 raise InvalidConfigError(f"{name}={getattr(self, name)} must be at least 1", option=name)
+        if self.max_uploads_mb < self.max_body_mb:
+            raise InvalidConfigError(
+                f"max_uploads_mb={self.max_uploads_mb} must be at least max_body_mb={self.max_body_mb}, which one"
+                " request may send",
+                option="max_uploads_mb",
+            )
         if self.port > 65535:
             raise InvalidConfigError(f"port={self.port} must lie between 0 and 65535", option="port")
         if self.api_key is not None and not self.api_key.strip():

@@ -143,9 +143,15 @@ def _http_error(error: HTTPException) -> ApiError:
         405: "this path does not take this method; GET /openapi.json lists what there is",
         400: "the body cannot be read; send JSON in UTF-8 with the header Content-Type: application/json",
     }
-    codes = {404: "unknown_path", 405: "method_not_allowed", 400: "invalid_body", 413: "body_too_large"}
+    codes = {
+        404: "unknown_path",
+        405: "method_not_allowed",
+        400: "invalid_body",
+        413: "body_too_large",
+        503: "too_many_uploads",
+    }
     code = codes.get(error.status_code, f"http_{error.status_code}")
-    param = "body" if error.status_code in (400, 408, 413) else None
+    param = "body" if error.status_code in (400, 408, 413, 503) else None
     return ApiError(
         error.status_code,
         texts.get(error.status_code, str(error.detail)),

@@ -1,4 +1,4 @@
-"""What every request passes before any route: its id, the key, and limits on what is sent and left unread."""
+"""What every request passes before any route: its id, the key, HEAD, and limits on what is sent and left unread."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import anyio
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,6 +20,13 @@ from vllm_omni.entrypoints.openai.errors import ApiError
 # Whoever asks whether the server lives need not know the key, nor does the page, which asks its user for it. The name
 # of a stored result is a secret of its own.
 _OPEN = re.compile(r"/|/health|/ready|/ui(/.*)?|/files/.*|/favicon\.ico")
+# What HEAD may ask about: what GET has at once.
+_HEAD = re.compile(
+    r"/|/health|/ready|/metrics|/openapi\.json|/ui/.*|/files/.*|/v1/models(/.*)?|/v1/videos/[^/]+/content"
+)
+# Of each body so much is not counted among all uploads: uvicorn holds it for each connection anyway, and requests for
+# pictures of a text get through while others send files.
+_UNCOUNTED_BYTES = 2**16
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 ObserveResponse = Callable[[Scope, int], None]
@@ -31,6 +39,7 @@ class Gate:
         self._app = app
         self._config = config
         self._observe = observe
+        self._uploaded = 0  # bytes of the bodies of all requests in hand
         self._key_digest = None if config.api_key is None else _digest(config.api_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -47,7 +56,13 @@ class Gate:
         if refusal is not None:
             await refusal.response()(scope, receive, send)
             return
-        await self._app(scope, self._receiving(receive), send)
+        if scope["method"] == "HEAD" and _HEAD.fullmatch(scope["path"]):
+            scope = {**scope, "method": "GET"}  # uvicorn, which knows better, sends the head alone
+        upload = _Upload()
+        try:
+            await self._app(scope, self._receiving(receive, upload), send)
+        finally:
+            self._uploaded -= upload.num_counted
 
     def _refusal(self, scope: Scope, headers: Headers, request_id: str) -> ApiError | None:
         if not _REQUEST_ID.fullmatch(request_id):
@@ -68,6 +83,8 @@ class Gate:
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._max_body:
             return self._too_large()
+        if length.isdecimal() and int(length) - _UNCOUNTED_BYTES > self._max_uploads - self._uploaded:
+            return self._too_many()
         return None
 
     def _may_enter(self, scope: Scope, headers: Headers) -> bool:
@@ -90,12 +107,26 @@ class Gate:
             headers={"Connection": "close"},
         )
 
-    def _receiving(self, receive: Receive) -> Receive:
+    @property
+    def _max_uploads(self) -> int:
+        return self._config.max_uploads_mb * 2**20
+
+    def _too_many(self) -> ApiError:
+        return ApiError(
+            503,
+            f"the bodies of the requests in hand have {self._uploaded / 2**20:.0f} of the {self._config.max_uploads_mb}"
+            " MB that this server holds at a time; send the request again later",
+            code="too_many_uploads",
+            param="body",
+            headers={"Connection": "close", "Retry-After": "10"},
+        )
+
+    def _receiving(self, receive: Receive, upload: _Upload) -> Receive:
         """Count the body as it comes: a client need not tell its length."""
-        received, complete = 0, False
+        complete = False
 
         async def bounded() -> Message:
-            nonlocal received, complete
+            nonlocal complete
             if complete:
                 return await receive()
             try:
@@ -104,11 +135,18 @@ class Gate:
             except TimeoutError:
                 text = "the rest of the body did not come in time"
                 raise HTTPException(408, text, {"Connection": "close"}) from None
-            received += len(message.get("body", b""))
+            upload.num_bytes += len(message.get("body", b""))
             complete = not message.get("more_body", False)
-            if received > self._max_body:
-                too_large = self._too_large()
-                raise HTTPException(413, str(too_large), too_large.headers)
+            more = max(0, upload.num_bytes - _UNCOUNTED_BYTES) - upload.num_counted
+            refusal = None
+            if upload.num_bytes > self._max_body:
+                refusal = self._too_large()
+            elif more > self._max_uploads - self._uploaded:
+                refusal = self._too_many()
+            if refusal is not None:
+                raise HTTPException(refusal.status, str(refusal), refusal.headers)
+            upload.num_counted += more
+            self._uploaded += more
             return message
 
         return bounded
@@ -129,6 +167,14 @@ class Gate:
                 raise OSError(f"the client left its answer unread for {self._config.send_timeout_s:g} s") from None
 
         return marked
+
+
+@dataclass
+class _Upload:
+    """A body on its way, and after it while its request is in hand."""
+
+    num_bytes: int = 0
+    num_counted: int = 0  # among all uploads
 
 
 def _digest(key: str) -> bytes:

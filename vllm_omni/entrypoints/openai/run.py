@@ -43,23 +43,31 @@ def bind(config: ServerConfig) -> socket.socket:
     return listener
 
 
+def open_storage(config: ServerConfig) -> Storage:
+    """Where a server keeps jobs and results, opened before a model is loaded for nothing.
+
+    Raises ``InvalidConfigError`` for a folder that cannot be used.
+    """
+    return Storage(config.storage_dir, max_age_s=3600 * config.retention_hours, max_bytes=1e9 * config.retention_gb)
+
+
 class HttpServer(uvicorn.Server):
-    """Serves ``omni`` on the socket of :func:`bind` until SIGTERM or SIGINT.
+    """Serves ``omni`` on the socket of :func:`bind`, with the storage of :func:`open_storage`, until SIGTERM or SIGINT.
 
     From then on nothing new is accepted, what runs has ``drain_timeout_s`` to finish but for the last tenth, which
     closing takes, and :meth:`run` returns, so that the process exits with status 0. A second SIGINT ends at once.
     """
 
-    def __init__(self, omni: AsyncOmni, config: ServerConfig, model: str | None, listener: socket.socket) -> None:
+    def __init__(
+        self, omni: AsyncOmni, config: ServerConfig, model: str | None, listener: socket.socket, storage: Storage
+    ) -> None:
         self._listener = listener
         self._silent = SilentConnections(receive_timeout_s=config.body_timeout_s, send_timeout_s=config.send_timeout_s)
         self.state = Server(
             omni=omni,
             config=config,
             model_name=served_name(model, config, omni.od_config.model),
-            storage=Storage(
-                config.storage_dir, max_age_s=3600 * config.retention_hours, max_bytes=1e9 * config.retention_gb
-            ),
+            storage=storage,
             media=MediaFetcher(config.allowed_media_domains),
         )
         super().__init__(

@@ -72,10 +72,16 @@ class Storage:
                 f"storage_dir={str(folder)!r} cannot be used: {error.strerror}", option="storage_dir"
             ) from error
         self._lock = threading.Lock()
-        self._database = sqlite3.connect(self._folder / "jobs.sqlite3", check_same_thread=False)
-        with self._lock, self._database:
-            self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.executescript(_SCHEMA)
+        try:
+            self._database = sqlite3.connect(self._folder / "jobs.sqlite3", check_same_thread=False)
+            with self._lock, self._database:
+                self._database.execute("PRAGMA journal_mode=WAL")
+                self._database.executescript(_SCHEMA)
+        except sqlite3.Error as error:
+            self._owner.close()
+            raise InvalidConfigError(
+                f"storage_dir={str(folder)!r} cannot be used: jobs.sqlite3 in it: {error}", option="storage_dir"
+            ) from error
 
     def add_job(self, job: Job) -> None:
         """Write a new job. On return it is on the disk."""
