@@ -138,6 +138,47 @@ def test_progress_and_preview_are_shown_and_a_request_can_be_cancelled(server, o
     assert page.locator("#status").inner_text() == "Cancelled."
 
 
+def test_a_reload_loses_no_request(server, open_page):
+    page = open_page(server)
+    for number in range(4):  # the page sends three at a time
+        generate(page, f"star {number}", num_inference_steps=5000)
+    page.locator(".card.running .facts", has_text="Step").first.wait_for()
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.reload()
+    page.locator(".card.running .facts", has_text="Step").first.wait_for()
+    cards = page.locator(".card.running .prompt")
+    assert cards.all_inner_texts() == [f"star {number}" for number in (3, 2, 1, 0)]
+    for number in range(4):
+        page.locator(".card.running", has_text=f"star {number}").locator("text=Cancel").click()
+    page.locator("#empty").wait_for()
+    page.reload()
+    page.locator("#empty").wait_for()
+    server.wait_until(lambda: not server.omni.live.in_progress)
+
+
+def test_the_keyboard_goes_on_from_where_a_card_was(server, open_page):
+    page = open_page(server)
+    focused = "document.activeElement.querySelector('.facts')?.innerText ?? document.activeElement.id"
+    generate(page, n=3)
+    made(page, 3)
+    page.locator(MADE).first.press("Enter")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Escape")
+    page.wait_for_function("document.activeElement === document.querySelectorAll('button.view')[1]")
+    page.keyboard.press("Enter")
+    page.locator("#viewer >> text=Delete").press("Enter")
+    made(page, 2)
+    assert "seed 1 " in page.evaluate(focused)
+    generate(page, num_inference_steps=5000)
+    page.locator(".card.running >> text=Cancel").press("Enter")
+    page.locator(".card.running").wait_for(state="detached")
+    assert "seed 3 " in page.evaluate(focused)
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.locator("#clear").press("Enter")
+    made(page, 0)
+    assert page.evaluate(focused) == "gallery-title"
+
+
 def test_the_queue_shows_all_requests_and_ends_them(server, open_page):
     page = open_page(server)
     for number in range(5):
@@ -146,6 +187,7 @@ def test_the_queue_shows_all_requests_and_ends_them(server, open_page):
     page.click("#open-queue")
     row = page.locator("#queue-list li", has_text="circle 0")
     row.locator("progress").wait_for()
+    assert row.locator(".facts").inner_text().startswith("yours · image · 64x64 · step ")
     for number in range(5):
         page.locator("#queue-list li", has_text=f"circle {number}").locator("text=Cancel").click()
     page.locator("#queue-empty", has_text="Nothing").wait_for()
@@ -177,16 +219,34 @@ def test_two_pictures_are_compared_by_keyboard(server, open_page):
     assert page.evaluate(split) == "50%"
     page.keyboard.press("ArrowRight")
     assert page.evaluate(split) == "50.5%"
-    assert page.locator("#differences tr").all_inner_texts() == ["seed\t2\t1"]
+    assert page.locator("#differences tr > *").all_inner_texts() == ["Seed", "2", "1"]
     page.keyboard.press("Escape")
     page.locator(MADE).first.press("Enter")
-    assert page.locator("#viewer dl").inner_text().startswith(f"prompt\n{PROMPT}\nseed\n2")
+    assert page.locator("#viewer dl").inner_text().startswith(f"Prompt\n{PROMPT}\nSeed\n2")
     page.keyboard.press("ArrowRight")
-    assert "seed\n1" in page.locator("#viewer dl").inner_text()
+    assert "Seed\n1" in page.locator("#viewer dl").inner_text()
     page.click("#viewer >> text=Delete")
     made(page, 1)
     page.reload()
     made(page, 1)
+
+
+def test_a_long_prompt_leaves_the_rest_in_sight(server, open_page):
+    page = open_page(server, viewport={"width": 375, "height": 812})
+    generate(page, "a small orange cross on a white background " * 40, n=2)
+    made(page, 2)
+    page.locator(MADE).first.click()
+    assert page.locator("#viewer >> text=Download").bounding_box()["y"] < 812
+    page.keyboard.press("Escape")
+    for index in range(2):
+        page.locator(".card >> text=Compare").nth(index).click()
+    overflowing = """[...document.querySelectorAll(".compare-bar button, .bar *")]
+        .filter(e => e.scrollWidth > e.clientWidth).map(e => e.outerHTML)"""
+    assert page.evaluate(overflowing) == []
+    page.click("#compare-open")
+    box = page.locator(".compare").bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 4, box["y"] + 20)
+    assert page.input_value("#split") == "25"
 
 
 def test_it_fits_a_phone_and_has_light_and_dark_colours(server, open_page):
@@ -231,14 +291,28 @@ def test_a_server_with_a_key_is_asked_for_it(shipped_omni, open_page):
         generate(page)
         made(page, 1)
         assert page.evaluate("localStorage.getItem('api-key')") is None
+        page.evaluate("sessionStorage.setItem('api-key', 'of yesterday')")
+        generate(page)
+        page.locator("#key").wait_for()
+        page.fill("#key-text", "secret")
+        page.keyboard.press("Enter")
+        made(page, 2)  # what was refused is sent again
 
 
 def test_a_server_that_is_gone_is_said_to_be_gone(shipped_omni, open_page):
     with running_server(shipped_omni) as leaving:
         page = open_page(leaving)
         page.locator("#size-fields").wait_for()
+        generate(page, num_inference_steps=5000)
+        page.locator(".card.running .facts", has_text="Step").wait_for()
+        leaving.http_server.force_exit = True
+    page.locator(".failed .error", has_text="The connection to the server broke off").wait_for()
+    page.click("text=Dismiss")
     generate(page)
     assert "cannot be reached" in page.locator(".failed .error").inner_text()
+    page.click("#open-queue")
+    page.locator("#queue-error", has_text="cannot be reached").wait_for()
+    assert not page.locator("#queue-empty").is_visible()
 
 
 def test_a_picture_is_edited_from_the_gallery(open_page, tmp_path):
@@ -286,6 +360,15 @@ def test_a_video_is_a_job_that_the_page_finds_again(open_page, tmp_path):
         page.locator(".running .facts", has_text="Step").wait_for()
         page.click(".running >> text=Cancel")
         page.locator(".running").wait_for(state="detached")
+        page.fill("#num_inference_steps", "200")
+        page.click("text=Generate")
+        page.locator(".running .facts", has_text="Step").wait_for()
+        other = page.context.new_page()
+        other.goto(server.address)
+        other.locator(".running").wait_for()
+        made(page, 2)
+        made(other, 2)
         page.reload()
-        made(page, 1)
-        assert page.locator(".running").count() == 0
+        made(page, 2)  # the gallery keeps it once, though two tabs have followed it
+        page.wait_for_timeout(100)
+        assert page.locator(".card").count() == 2

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import Scope
 
 from vllm_omni.diffusion.engine.engine import EngineRound
 from vllm_omni.entrypoints.async_omni import AsyncOmni
-from vllm_omni.outputs import OmniRequestOutput
+from vllm_omni.errors import EngineFailureError, InsufficientMemoryError, NonFiniteOutputError, RankFailureError
+from vllm_omni.outputs import FinishReason, OmniRequestOutput
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600)
+_ERRORS = (EngineFailureError, InsufficientMemoryError, NonFiniteOutputError, RankFailureError)
 _STAGES = ("queue_s", "prepare_s", "denoise_s", "decode_s", "post_process_s", "total_s")
 
 
@@ -38,6 +41,15 @@ class ServerMetrics:
             prefix + "step_cache_forwards", "forwards of requests with a step cache", ["result"], registry=registry
         )
         self._peak_memory = Gauge(prefix + "peak_memory_bytes", "most memory of the device", registry=registry)
+        # A series that begins with its first event shows no increase then, and a rate of it would miss a first failure.
+        for counter, labels in (
+            (self._requests, get_args(FinishReason)),
+            (self._errors, [kind.__name__ for kind in _ERRORS]),
+            (self._cache_forwards, ("skipped", "computed")),
+            (self._stages, [stage.removesuffix("_s") for stage in _STAGES]),
+        ):
+            for label in labels:
+                counter.labels(label)
         self._live_gauge("requests_waiting", "requests that no worker has begun", lambda: omni.engine.num_waiting)
         self._live_gauge("requests_running", "requests in progress", lambda: omni.engine.num_running)
         self._live_gauge("seconds_of_work", "estimated seconds until all are done", lambda: omni.engine.seconds_of_work)

@@ -27,19 +27,26 @@ export async function send(path, { method = "GET", body = null, headers = {}, si
   const sent = { ...headers };
   if (key) sent.Authorization = `Bearer ${key}`;
   if (body !== null && !isForm) sent["Content-Type"] = "application/json";
-  let response;
-  try {
-    const content = body === null || isForm ? body : JSON.stringify(body);
-    response = await fetch(new URL(path, document.baseURI), { method, headers: sent, body: content, signal });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new ApiError(0, { message: "The server cannot be reached. Is it still running?", code: "unreachable" });
-  }
+  const content = body === null || isForm ? body : JSON.stringify(body);
+  const response = await arrival(
+    fetch(new URL(path, document.baseURI), { method, headers: sent, body: content, signal }),
+    "The server cannot be reached. Is it still running?",
+  );
   if (!response.ok) throw await asError(response);
   return response;
 }
 
 export const call = async (path, options) => (await send(path, options)).json();
+
+/** What a promise of the network brings. Throws an ApiError of status 0 if it brings nothing. */
+export async function arrival(promise, message = "The connection to the server broke off before this was done.") {
+  try {
+    return await promise;
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError(0, { message, code: "unreachable" });
+  }
+}
 
 async function asError(response) {
   const text = await response.text();
@@ -57,7 +64,7 @@ export async function* events(path, options) {
   const reader = (await send(path, options)).body.pipeThrough(new TextDecoderStream()).getReader();
   let unread = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await arrival(reader.read());
     if (done) return;
     unread += value;
     const blocks = unread.split("\n\n");

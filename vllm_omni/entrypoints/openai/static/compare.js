@@ -44,12 +44,14 @@ function open() {
     image.src = urlOf(record);
     image.alt = record.fields.prompt;
   }
+  const { width, height } = left.receipt;
+  if (width) document.querySelector(".compare").style.setProperty("--ratio", width / height);
   const [a, b] = [flat(left), flat(right)];
   const differing = [...new Set([...Object.keys(a), ...Object.keys(b)])].filter((name) => a[name] !== b[name]);
   byId("differences").replaceChildren(
     ...differing.map((name) =>
       el("tr", {}, el("th", { scope: "row", textContent: name.replaceAll("_", " ") }),
-        ...[a, b].map((facts) => el("td", { textContent: facts[name] ?? "default" })))),
+        ...[a, b].map((facts) => el("td", {}, el("div", { className: "long", textContent: facts[name] ?? "default" }))))),
   );
   move(50);
   byId("compare").showModal();
@@ -65,6 +67,7 @@ export function wire() {
   byId("compare-open").addEventListener("click", open);
   byId("compare-clear").addEventListener("click", () => {
     for (const [, button] of chosen) press(button, false);
+    chosen.at(-1)[1].focus();
     chosen = [];
     update();
   });

@@ -17,9 +17,9 @@ export function button(text, onclick, properties = {}) {
   return el("button", { type: "button", className: "quiet", textContent: text, onclick, ...properties });
 }
 
-/** Tell those who do not see the page. */
+/** Tell those who do not see the page. What lies outside an open dialog is not read out. */
 export function announce(text) {
-  byId("status").textContent = text;
+  (document.querySelector("dialog[open] [role=status]") ?? byId("status")).textContent = text;
 }
 
 export function seconds(value) {

@@ -139,12 +139,15 @@ export function setImages(pictures) {
   urls = images.map((picture) => URL.createObjectURL(picture));
   byId("image-list").replaceChildren(
     ...urls.map((src, index) => {
-      const remove = button("✕", () => setImages(images.filter((_, i) => i !== index)), {
-        "aria-label": `Remove picture ${index + 1}`,
-      });
+      const remove = button("✕", () => removeImage(index), { "aria-label": `Remove picture ${index + 1}` });
       return el("li", {}, el("img", { src, alt: `Picture ${index + 1} to work on` }), remove);
     }),
   );
+}
+
+function removeImage(index) {
+  setImages(images.filter((_, i) => i !== index));
+  (byId("image-list").querySelectorAll("button")[Math.min(index, images.length - 1)] ?? byId("image")).focus();
 }
 
 function addImages(files) {

@@ -16,8 +16,12 @@ export async function open(given) {
   byId("older").addEventListener("click", () => showOlder());
   byId("clear").addEventListener("click", clear);
   setInterval(() => running.forEach((run) => (run.card.state.textContent = stateText(run))), 500);
-  total = await store.count();
-  await showOlder();
+  try {
+    total = await store.count();
+    await showOlder();
+  } catch (error) {
+    notice(`Pictures are not kept when the page is closed: the browser stores nothing (${error?.message ?? error}).`);
+  }
 }
 
 /** All records that are shown, in their order on the page. */
@@ -26,8 +30,11 @@ export const shown = () => [...list.children].map((card) => card.record).filter(
 async function showOlder() {
   const oldest = shown().filter((record) => record.id !== undefined).at(-1);
   const records = await store.older(oldest?.id ?? null, PAGE);
-  list.append(...records.map(pictureCard));
+  const cards = records.map(pictureCard);
+  const hadFocus = document.activeElement === byId("older");
+  list.append(...cards);
   update();
+  if (hadFocus) cards[0]?.focus({ preventScroll: true });
 }
 
 /** Keep the pictures of a run, and show them where its card was. */
@@ -42,16 +49,14 @@ export async function keep(run, model) {
     if (pictureSeed !== undefined) fields.seed = pictureSeed;
     fresh.push({ created: Date.now(), blob: entry.blob, fields, images: run.images, model, seconds: timings.total_s, receipt });
   }
-  for (const record of fresh) {
-    try {
-      record.id = await store.add(record);
-    } catch (error) {
-      notice(`This picture is not kept when the page is closed: the browser refused (${error?.message ?? error}).`);
-    }
+  try {
+    await store.keep(fresh, run.id);
+  } catch (error) {
+    notice(`“${run.fields.prompt}” is not kept when the page is closed: the browser refused (${error?.message ?? error}).`);
   }
   total += fresh.length;
   running.delete(run);
-  run.card.replaceWith(...fresh.reverse().map(pictureCard));
+  replace(run.card, ...fresh.reverse().map(pictureCard));
   announce(`Finished: ${run.fields.prompt}`);
   update();
 }
@@ -64,8 +69,16 @@ export async function remove(record) {
 }
 
 function drop(record) {
-  record.card.remove();
+  replace(record.card);
   URL.revokeObjectURL(record.url);
+}
+
+/** Put others in the place of a card, or none. Whoever was on it by keyboard goes on from there. */
+function replace(card, ...others) {
+  const next = others[0] ?? card.nextElementSibling ?? card.previousElementSibling ?? byId("gallery-title");
+  const hadFocus = card.contains(document.activeElement);
+  card.replaceWith(...others);
+  if (hadFocus) next.focus({ preventScroll: true });
 }
 
 async function clear() {
@@ -74,6 +87,7 @@ async function clear() {
   shown().forEach(drop);
   total = 0;
   update();
+  byId("gallery-title").focus();
   announce("The gallery is empty.");
 }
 
@@ -85,7 +99,8 @@ function update() {
 }
 
 function notice(text) {
-  list.before(el("p", { className: "error", role: "alert", textContent: text }));
+  byId("notice").textContent = text;
+  byId("notice").hidden = false;
 }
 
 /** The address of a record's picture, while the page is open. */
@@ -94,7 +109,7 @@ export function urlOf(record) {
   return record.url;
 }
 
-const isVideo = (record) => record.blob.type.startsWith("video/");
+export const isVideo = (record) => record.blob.type.startsWith("video/");
 
 /** An element that shows a record: a picture, or a video. */
 export function mediaOf(record, properties = {}) {
@@ -110,7 +125,8 @@ export function describe(record) {
   const parts = [];
   if (receipt.width) parts.push(`${receipt.width} × ${receipt.height}`);
   if (receipt.num_frames) parts.push(`${receipt.num_frames} frames at ${receipt.fps}/s`);
-  if (receipt.num_inference_steps) parts.push(`${receipt.num_inference_steps} steps`);
+  const steps = receipt.num_inference_steps;
+  if (steps) parts.push(`${steps} ${steps === 1 ? "step" : "steps"}`);
   if (fields.seed !== undefined) parts.push(`seed ${fields.seed}`);
   parts.push(seconds(record.seconds));
   return parts.join(" · ");
@@ -122,7 +138,7 @@ function pictureCard(record) {
   const compare = button("Compare", () => actions.compare(record, compare), { "aria-pressed": "false" });
   record.card = el(
     "li",
-    { className: "card", record },
+    { className: "card", record, tabIndex: -1 },
     view,
     el("p", { className: "prompt", textContent: record.fields.prompt, title: record.fields.prompt }),
     el("p", { className: "muted facts", textContent: describe(record) }),
@@ -179,7 +195,7 @@ function left(progress) {
 }
 
 function runCard(run) {
-  const card = el("li", { className: "card running" });
+  const card = el("li", { className: "card running", tabIndex: -1 });
   card.bar = el("progress", { max: 1, value: 0, "aria-label": `Progress of: ${run.fields.prompt}` });
   card.preview = el("img", { className: "preview", alt: "Preview", hidden: true });
   card.state = el("p", { className: "muted facts" });
@@ -191,6 +207,7 @@ function runCard(run) {
 
 function showFailure(run) {
   const { card, error } = run;
+  const hadFocus = card.contains(document.activeElement);
   const wait = error.retryAfter ? ` (the server asks to wait ${error.retryAfter} s)` : "";
   card.classList.replace("running", "failed");
   card.bar.remove();
@@ -203,11 +220,12 @@ function showFailure(run) {
     }),
     button("Dismiss", () => dismiss(run)),
   );
+  if (hadFocus) card.focus({ preventScroll: true });
   announce(`Failed: ${error.message}`);
 }
 
 /** Take the card of a run away. */
 export function dismiss(run) {
-  run.card.remove();
+  replace(run.card);
   update();
 }

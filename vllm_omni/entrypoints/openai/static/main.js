@@ -13,6 +13,7 @@ const ASK_AGAIN_MS = 3000;
 const THEMES = ["auto", "light", "dark"];
 let model = null;
 let isGalleryOpen = false;
+let refused = []; // runs that failed for want of a key
 
 function generate({ fields, images }) {
   announce("Sent.");
@@ -23,7 +24,10 @@ function onChange(run) {
   if (run.state === "done") return gallery.keep(run, model.id);
   gallery.showRun(run);
   if (run.state !== "failed") return undefined;
-  if (run.error.status === 401) return askForKey();
+  if (run.error.status === 401) {
+    refused.push(run);
+    return askForKey();
+  }
   if (run.error.param && form.showError(run.error)) gallery.dismiss(run); // The field says it.
   return undefined;
 }
@@ -31,7 +35,7 @@ function onChange(run) {
 const actions = {
   view: viewer.view,
   compare: compare.toggle,
-  retry: ({ fields, images }) => generate({ fields, images }),
+  retry: runs.retry,
   again({ fields, images }) {
     form.fill(fields, images);
     byId("prompt").focus();
@@ -89,6 +93,12 @@ function wireKey() {
     if (dialog.returnValue !== "save") return;
     saveKey(byId("key-text").value.trim(), byId("key-keep").checked);
     start();
+    const again = refused.filter((run) => run.card.isConnected);
+    refused = [];
+    for (const run of again) {
+      gallery.dismiss(run);
+      runs.retry(run);
+    }
   });
 }
 

@@ -1,7 +1,8 @@
 // What the server has in hand, for all its users.
 
 import { call, send } from "./api.js";
-import { button, byId, el, seconds } from "./dom.js";
+import { announce, button, byId, el, seconds } from "./dom.js";
+import { isOurs } from "./runs.js";
 
 const EVERY_MS = 1000;
 const NUM_FINISHED = 10;
@@ -26,6 +27,7 @@ async function refresh() {
   } catch (error) {
     byId("queue-error").textContent = error.message;
     byId("queue-error").hidden = false;
+    byId("queue-empty").hidden = true;
   }
   if (dialog.open) timer = setTimeout(refresh, EVERY_MS);
 }
@@ -40,13 +42,14 @@ function show(requests) {
   byId("queue-empty").hidden = live.length > 0;
   const focused = document.activeElement?.dataset.request;
   byId("queue-list").replaceChildren(...[...live, ...finished.slice(0, NUM_FINISHED)].map(row));
-  // The rows are new; whoever was on a button stays there.
-  if (focused) byId("queue-list").querySelector(`[data-request="${CSS.escape(focused)}"]`)?.focus();
+  // The rows are new; whoever was on a button stays there, or goes to another if its request has ended.
+  const stays = focused && byId("queue-list").querySelector(`[data-request="${CSS.escape(focused)}"]`);
+  if (focused) (stays ?? byId("queue-list").querySelector("button") ?? dialog.querySelector("[data-close]")).focus();
 }
 
 function row(request) {
   const isLive = request.finished_at === null;
-  const facts = [request.kind, request.size, isLive ? `step ${request.step} of ${request.num_steps}` : null];
+  const facts = [isOurs(request.id) ? "yours" : null, request.kind, request.size, isLive ? `step ${request.step} of ${request.num_steps}` : null];
   if (isLive && request.eta_s !== null) facts.push(`${seconds(request.eta_s)} left`);
   if (!isLive) facts.push(`after ${seconds(request.finished_at - request.created_at)}`);
   if (request.error) facts.push(request.error.message);
@@ -66,8 +69,9 @@ function row(request) {
 async function end(id) {
   try {
     await send(`v1/requests/${encodeURIComponent(id)}`, { method: "DELETE" });
+    announce("Cancelled.");
   } catch (error) {
-    if (error.code !== "request_finished") byId("queue-error").textContent = error.message;
+    announce(error.message); // Whoever sees the list sees how the request stands.
   }
   await refresh();
 }

@@ -5,14 +5,17 @@ import * as gallery from "./gallery.js";
 
 const dialog = byId("viewer");
 let current = null;
+let opener = null; // the record from whose card the dialog was opened
 
 export function view(record) {
+  if (!dialog.open) opener = record;
   current = record;
   const records = gallery.shown();
   const position = records.indexOf(record);
   for (const go of dialog.querySelectorAll("[data-go]")) {
     go.disabled = records[position + Number(go.dataset.go)] === undefined;
   }
+  byId("viewer-title").textContent = gallery.isVideo(record) ? "Video" : "Picture";
   const { receipt, fields } = record;
   const url = gallery.urlOf(record);
   const facts = {
@@ -32,7 +35,7 @@ export function view(record) {
     .filter(([, value]) => value !== undefined && value !== null && value !== "")
     .flatMap(([name, value]) => [
       el("dt", { textContent: name.replaceAll("_", " ") }),
-      el("dd", { textContent: String(value).trim() || "(a space)" }),
+      el("dd", { className: "long", textContent: String(value).trim() || "(a space)" }),
     ]);
   const name = `${fields.prompt.slice(0, 60).replace(/[^\w-]+/g, "-")}-${fields.seed ?? ""}.${record.blob.type.split("/")[1]}`;
   const close = (act) => () => {
@@ -70,5 +73,9 @@ export function wire() {
   dialog.addEventListener("keydown", (event) => {
     if (event.key === "ArrowLeft") go(-1);
     if (event.key === "ArrowRight") go(1);
+  });
+  dialog.addEventListener("close", () => {
+    // The browser goes back to where the dialog was opened; whoever moved on by the arrows goes on from there.
+    if (opener.card.contains(document.activeElement)) current.card.querySelector(".view")?.focus();
   });
 }
