@@ -78,7 +78,7 @@ def test_text_to_image(tmp_path):
         )
         script(
             *("text_to_image", "run_curl_text_to_image.sh", environment),
-            **{"PROMPT": "a red circle", "SIZE": "96x64", "STEPS": 2, "SEED": 1, "OUTPUT": tmp_path / "curl.png"},
+            **{"PROMPT": 'a "red" circle', "SIZE": "96x64", "STEPS": 2, "SEED": 1, "OUTPUT": tmp_path / "curl.png"},
         )
     assert "classifier-free, scale 3" in told
     sizes = [size_of(path) for path in (output.with_stem("picture_0"), output.with_stem("picture_1"))]

@@ -12,14 +12,15 @@ if "error" in answer:
 sys.stdout.buffer.write(base64.b64decode(answer["data"][0]["b64_json"]))'
 }
 
+# Python writes the JSON, so that a prompt may hold quotation marks.
+request=$(python3 -c '
+import json, sys
+
+prompt, size, steps, seed = sys.argv[1:]
+print(json.dumps({"prompt": prompt, "size": size, "num_inference_steps": int(steps), "seed": int(seed)}))' \
+    "${PROMPT:-a red circle on a blue background}" "${SIZE:-256x256}" "${STEPS:-20}" "${SEED:-42}")
+
 curl --silent --show-error "${SERVER:-http://localhost:8091}/v1/images/generations" \
     --header "Content-Type: application/json" \
-    --data @- <<END | picture >"$output"
-{
-    "prompt": "${PROMPT:-a red circle on a blue background}",
-    "size": "${SIZE:-256x256}",
-    "num_inference_steps": ${STEPS:-20},
-    "seed": ${SEED:-42}
-}
-END
+    --data-raw "$request" | picture >"$output"
 echo "$output"
