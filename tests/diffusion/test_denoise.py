@@ -15,8 +15,6 @@ from vllm_omni.diffusion.schedulers.unipc import UniPC
 class Pipeline:
     """Predicts a number that its conditions name, and records what shared a forward."""
 
-    sequence_conditions = {}
-
     def __init__(self):
         self.forwards = []
 

@@ -15,6 +15,7 @@ from vllm_omni.diffusion import registry
 from vllm_omni.entrypoints.cli import compare
 from vllm_omni.entrypoints.cli.compare_engines import Call, check_parameters, diffusers_arguments
 from vllm_omni.entrypoints.cli.main import main
+from vllm_omni.entrypoints.omni import SHIPPED_MODELS
 from vllm_omni.errors import ComparisonError, InvalidRequestError
 
 SMALL = ["--size", "48x32", "--steps", "2", "--num-trials", "2"]
@@ -99,6 +100,13 @@ def test_videos_are_compared_frame_by_frame(tmp_path, capsys):
     assert (tmp_path / "out" / "outputs" / "prompt1-seed0-diffusers.mp4").exists()
 
 
+def test_videos_that_are_not_packed_along_time_have_the_same_number_of_frames(tmp_path):
+    command = ["compare", str(SHIPPED_MODELS["text-to-video"]), "--size", "32x32", "--num-frames", "2", "--steps", "1"]
+    assert main([*command, "--num-trials", "1", "--num-warmup", "0", "--output-dir", str(tmp_path)]) == 0
+    (output,) = json.loads((tmp_path / "results.json").read_text())["outputs"]
+    assert output["identical"] or output["psnr_db"] > 45
+
+
 @pytest.mark.slow
 def test_engines_in_processes_of_their_own_tell_their_memory_apart(qwen_folder, tmp_path):
     command = ["compare", str(qwen_folder), "--prompt", "a cat", "--isolate", *SMALL, "--output-dir", str(tmp_path)]
@@ -149,6 +157,7 @@ def test_a_model_that_diffusers_cannot_load_is_one_error_with_its_reason(qwen_fo
         (["--guidance-scale-2", "3"], "guidance_scale_2: diffusers' QwenImagePipeline has no such parameter"),
         (["--extra-args", '{"layers": 3}'], "extra_args: diffusers' QwenImagePipeline has no such parameter"),
         (["--load-format", "dummy"], "load_format='dummy': two engines have the same weights only if"),
+        (["--reference-attention", "nativ"], "no attention backend of diffusers; did you mean 'native'?"),
         (["--image", "nowhere.png"], "--image nowhere.png cannot be read"),
         (["--image", __file__], "image: diffusers' QwenImagePipeline has no such parameter"),
     ],

@@ -40,7 +40,8 @@ def denoise_step(
     that failed can be tried again.
     """
     if plan is None or not plan.serves(states, max_batch_size):
-        plan = plan_steps(states, pipeline.sequence_conditions, max_batch_size, current_groups().cfg)
+        padded = getattr(pipeline, "sequence_conditions", {})
+        plan = plan_steps(states, padded, max_batch_size, current_groups().cfg)
     step = plan.num_steps_done
     predictions = _predict(states, plan, step, pipeline)
     advanced = [(update, *_update(update, step, predictions)) for update in plan.updates]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -99,11 +99,10 @@ class DenoiseState:
 class SteppedPipeline(Protocol):
     """A pipeline of three verbs, which the engine can drive one step at a time.
 
-    ``sequence_conditions`` maps a condition ``[1 or N, L, D]`` whose length may differ between requests to the name
-    of its mask, ``[B, L]`` and True for real tokens, which :func:`denoise_step` adds; it is None without padding.
+    A pipeline may have ``sequence_conditions: ClassVar[Mapping[str, str]]``. It maps a condition ``[1 or N, L, D]``
+    whose length may differ between requests to the name of its mask, ``[B, L]`` and True for real tokens, which
+    :func:`denoise_step` adds; it is None without padding.
     """
-
-    sequence_conditions: ClassVar[Mapping[str, str]]
 
     def prepare(self, request: OmniDiffusionRequest) -> DenoiseState: ...
 

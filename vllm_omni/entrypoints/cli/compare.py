@@ -25,7 +25,13 @@ from vllm_omni.entrypoints.cli.arguments import (
     read_picture,
     sampling_values,
 )
-from vllm_omni.entrypoints.cli.compare_engines import Call, Workload, check_parameters, reference_class
+from vllm_omni.entrypoints.cli.compare_engines import (
+    Call,
+    Workload,
+    check_parameters,
+    check_reference_attention,
+    reference_class,
+)
 from vllm_omni.entrypoints.cli.compare_measure import EngineResult, measure_apart, measure_together
 from vllm_omni.entrypoints.cli.compare_report import html_report, markdown_report, summary_lines, write_pictures
 from vllm_omni.entrypoints.omni import choose_model
@@ -94,6 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
         compile_reference=arguments.reference_compile,
         reference_attention=arguments.reference_attention,
     )
+    check_reference_attention(arguments.reference_attention)
     check_parameters(reference_class(config.model_class_name), workload.prompts, given)
     isolated = config.torch_device.type == "cuda" if arguments.isolate is None else arguments.isolate
     measured, calls = (measure_apart if isolated else measure_together)(config, workload)

@@ -17,7 +17,7 @@ from PIL import Image
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.model_loader.components import no_progress_bar
 from vllm_omni.entrypoints.omni import Omni
-from vllm_omni.errors import ComparisonError, InvalidRequestError
+from vllm_omni.errors import ComparisonError, InvalidConfigError, InvalidRequestError, nearest_name
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
 # What diffusers calls otherwise: a pipeline has one of them.
@@ -117,6 +117,10 @@ class DiffusersEngine:
         self._pipeline = _load_reference(config)
         self.load_s = time.perf_counter() - started
         self._pipeline.set_progress_bar_config(disable=True)
+        if getattr(self._pipeline, "vae_scale_factor_temporal", None) == 1:
+            # Where nothing is packed along time, diffusers "rounds" a number of frames up to the next.
+            for arguments in self._arguments:
+                arguments["num_frames"] -= 1
         self._attention = workload.reference_attention
         self._is_compiled = workload.compile_reference
         self._accelerate()
@@ -159,6 +163,19 @@ def reference_class(class_name: str) -> type[Any]:
             " there is nothing to compare with; install a newer diffusers, or compare another model"
         )
     return found
+
+
+def check_reference_attention(name: str | None) -> None:
+    """Raises ``InvalidConfigError`` for an attention backend that diffusers does not know."""
+    if name is None:
+        return
+    dispatch = importlib.import_module("diffusers.models.attention_dispatch")
+    allowed = {backend.value for backend in dispatch.AttentionBackendName}
+    if name not in allowed:
+        raise InvalidConfigError(
+            f"reference_attention={name!r} is no attention backend of diffusers; {nearest_name(name, allowed)}",
+            option="reference_attention",
+        )
 
 
 def check_parameters(pipeline_class: type[Any], prompts: Sequence[OmniPrompt], given: Mapping[str, Any]) -> None:
@@ -214,7 +231,8 @@ def _load_reference(config: OmniDiffusionConfig) -> Any:
         return pipeline.to(config.torch_device)
     except Exception as error:
         raise ComparisonError(
-            f"diffusers {diffusers.__version__} cannot load {config.model}: {type(error).__name__}: {error}"
+            f"diffusers {diffusers.__version__} cannot load {config.model}: {type(error).__name__}:"
+            f" {' '.join(str(error).split())}"
         ) from error
 
 
