@@ -2,8 +2,10 @@
 
     python -m benchmarks.lossy_quality --json benchmarks/results/lossy_quality.json
 
-Captions, seeds and judge are those of ``shapes_accuracy.py``: held-out combinations of one to three objects. FP8 needs
-a GPU that has it; without one its rows are left out, or emulated with ``--emulate-fp8``.
+Captions, seeds and judge are those of ``shapes_accuracy.py``: held-out combinations of one to three objects;
+``--samples`` draws others. Each picture is held against the exact one of its caption and seed: ``lost`` were right and
+no longer are, ``won`` the other way round, and the standard error is that of the paired difference. FP8 needs a GPU
+that has it; without one its rows are left out, or emulated with ``--emulate-fp8``.
 """
 
 from __future__ import annotations
@@ -11,10 +13,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from benchmarks.report import write_json
 from benchmarks.shapes_accuracy import NEGATIVE, SIDE, make_prompts
@@ -23,6 +28,7 @@ from vllm_omni import Omni, OmniDiffusionSamplingParams
 from vllm_omni.benchmarks.similarity import psnr
 from vllm_omni.diffusion.attention import fp8
 from vllm_omni.entrypoints.omni import SHIPPED_MODEL
+from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.platforms import CpuPlatform, default_device, get_platform
 
 
@@ -62,20 +68,55 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class _Judged:
+    pictures: Sequence[Image.Image]
+    right: Sequence[bool]
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=str(SHIPPED_MODEL))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--num-prompts", type=int, default=100, help="per number of objects")
+    parser.add_argument("--num-prompts", type=int, default=100, help="per number of objects and sample")
+    parser.add_argument("--samples", type=int, nargs="+", default=[0], help="draws of captions and seeds (default: 0)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--emulate-fp8", action="store_true", help="compute FP8 on a CPU as well, slowly")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
+def paired_difference(right: Sequence[bool], exactly_right: Sequence[bool]) -> dict[str, float]:
+    """Points between two modes on the same captions and seeds, from which of their pictures are right."""
+    change = np.asarray(right, dtype=int) - np.asarray(exactly_right, dtype=int)
+    return {
+        "points": 100 * float(change.mean()),
+        "standard_error": 100 * float(change.std() / len(change) ** 0.5),
+        "lost": int((change < 0).sum()),
+        "won": int((change > 0).sum()),
+    }
+
+
+def _figures(outputs: Sequence[OmniRequestOutput], right: Sequence[bool], exact: _Judged | None) -> dict[str, Any]:
+    figures: dict[str, Any] = {"accuracy": 100 * float(np.mean(right))}
+    if exact is not None:
+        figures |= paired_difference(right, exact.right)
+        pairs = zip(outputs, exact.pictures, strict=True)
+        ratios = [min(psnr(output.images[0], other), 100.0) for output, other in pairs]
+        figures["psnr_median"] = float(np.median(ratios))
+    skipped = [output.receipt.step_cache for output in outputs]
+    if skipped[0] is not None:
+        figures["skipped"] = sum(use.num_skipped for use in skipped) / sum(use.num_forwards for use in skipped)
+    return figures
+
+
 def main() -> None:
     args = parse_args()
-    captions = [text for _, text in make_prompts(args.num_prompts, 0)]
+    drawn = [
+        (text, 100_000 * sample + index)
+        for sample in args.samples
+        for index, (_, text) in enumerate(make_prompts(args.num_prompts, sample))
+    ]
     if args.emulate_fp8:
         CpuPlatform.why_no_fp8 = lambda platform: None  # type: ignore[method-assign]
         fp8.why_unavailable = lambda device: None  # type: ignore[assignment]
@@ -84,30 +125,24 @@ def main() -> None:
     if modes[0] != "exact":
         modes.insert(0, "exact")
     results: dict[str, Any] = {}
-    exact: list[Any] = []
+    exact = None
     for mode in modes:
         started = time.perf_counter()
         params = [
             OmniDiffusionSamplingParams(
                 height=SIDE, width=SIDE, num_inference_steps=args.steps, true_cfg_scale=4.0, seed=seed
             )
-            for seed in range(len(captions))
+            for _, seed in drawn
         ]
         with Omni(args.model, show_progress=False, **MODES[mode]) as omni:
-            outputs = omni.generate([{"prompt": text, "negative_prompt": NEGATIVE} for text in captions], params)
-        pictures = [output.images[0] for output in outputs]
-        exact = exact or pictures
-        right = [judge(picture, text).right for picture, text in zip(pictures, captions, strict=True)]
-        results[mode] = {"accuracy": 100 * float(np.mean(right))}
-        if mode != "exact":
-            ratios = [psnr(one, other) for one, other in zip(pictures, exact, strict=True)]
-            results[mode]["psnr_median"] = float(np.median(np.minimum(ratios, 100.0)))
-        skipped = [output.receipt.step_cache for output in outputs]
-        if skipped[0] is not None:
-            total = sum(use.num_forwards for use in skipped)
-            results[mode]["skipped"] = sum(use.num_skipped for use in skipped) / total
-        print(mode, results[mode], f"{time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    write_json(args.json, {"num_prompts": len(captions), "steps": args.steps, "modes": results})
+            outputs = omni.generate([{"prompt": text, "negative_prompt": NEGATIVE} for text, _ in drawn], params)
+        right = [judge(output.images[0], text).right for output, (text, _) in zip(outputs, drawn, strict=True)]
+        figures = _figures(outputs, right, exact)
+        exact = exact or _Judged([output.images[0] for output in outputs], right)
+        print(mode, figures, f"{time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        results[mode] = figures | {"right": "".join("01"[one] for one in right)}
+    settings = {"num_prompts": len(drawn), "samples": args.samples, "steps": args.steps}
+    write_json(args.json, {**settings, "modes": results})
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ import io
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from diffusers import FluxPipeline, QwenImagePipeline
 from PIL import Image
 
@@ -14,6 +16,7 @@ from tests import tiny_wan
 from vllm_omni.diffusion import registry
 from vllm_omni.entrypoints.cli import compare
 from vllm_omni.entrypoints.cli.compare_engines import Call, check_parameters, diffusers_arguments
+from vllm_omni.entrypoints.cli.compare_measure import _measure_alone
 from vllm_omni.entrypoints.cli.main import main
 from vllm_omni.entrypoints.omni import SHIPPED_MODELS
 from vllm_omni.errors import ComparisonError, InvalidRequestError
@@ -115,6 +118,13 @@ def test_engines_in_processes_of_their_own_tell_their_memory_apart(qwen_folder, 
     assert results["isolated"]
     assert all(engine["peak_memory_bytes"] > 0 for engine in results["engines"].values())
     assert results["outputs"][0]["identical"] or results["outputs"][0]["psnr_db"] > 45
+
+
+def test_the_memory_of_ranks_in_other_processes_counts():
+    engine = SimpleNamespace(load_s=0.0, peak_memory_bytes=1 << 60, facts=dict)
+    workload = SimpleNamespace(prompts=(), num_trials=1, num_warmup=0)
+    config = SimpleNamespace(torch_device=torch.device("cpu"))
+    assert _measure_alone(config, workload, engine).peak_memory_bytes == 1 << 60
 
 
 @pytest.mark.slow

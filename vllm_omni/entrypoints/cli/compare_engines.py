@@ -54,6 +54,7 @@ class ComparedEngine(Protocol):
     """A loaded model."""
 
     load_s: float
+    peak_memory_bytes: int  # as far as the engine tells; its ranks may be other processes
 
     def generate(self, index: int) -> list[list[Image.Image]]:
         """Pictures of prompt ``index``: one list of frames or layers per output, with one entry for a picture."""
@@ -72,6 +73,7 @@ class VllmOmniEngine:
         self._omni = Omni(workload.model, show_progress=False, **workload.options)
         self.load_s = time.perf_counter() - started
         self._prompts, self._params = workload.prompts, workload.params
+        self.peak_memory_bytes = 0
         self._facts: dict[str, str] = {}
 
     def resolve(self) -> list[Call]:
@@ -82,6 +84,7 @@ class VllmOmniEngine:
         (output,) = self._omni.generate(self._prompts[index], self._params)
         receipt = output.receipt
         assert receipt is not None, "a finished request has a receipt"
+        self.peak_memory_bytes = max(self.peak_memory_bytes, output.metrics.peak_memory_bytes)
         self._facts = {
             "attention": ", ".join(receipt.attention_backends),
             "guidance": receipt.guidance,
@@ -108,6 +111,8 @@ class VllmOmniEngine:
 
 class DiffusersEngine:
     """The pipeline that ``model_index.json`` names, as diffusers runs it."""
+
+    peak_memory_bytes = 0
 
     def __init__(self, config: OmniDiffusionConfig, workload: Workload, calls: Sequence[Call]) -> None:
         pipeline_class = reference_class(config.model_class_name)

@@ -58,7 +58,7 @@ def _measure_alone(config: OmniDiffusionConfig, workload: Workload, engine: Comp
     platform = get_platform(config.torch_device)
     platform.reset_peak_memory()
     result = _measure(config, workload, {"engine": engine})["engine"]
-    result.peak_memory_bytes = platform.peak_memory()
+    result.peak_memory_bytes = max(platform.peak_memory(), engine.peak_memory_bytes)
     return result
 
 
