@@ -17,6 +17,7 @@ from vllm_omni.diffusion import registry
 from vllm_omni.entrypoints.cli import compare
 from vllm_omni.entrypoints.cli.compare_engines import Call, check_parameters, diffusers_arguments
 from vllm_omni.entrypoints.cli.compare_measure import _measure_alone
+from vllm_omni.entrypoints.cli.compare_report import html_report
 from vllm_omni.entrypoints.cli.main import main
 from vllm_omni.entrypoints.omni import SHIPPED_MODELS
 from vllm_omni.errors import ComparisonError, InvalidRequestError
@@ -74,6 +75,14 @@ def test_the_html_report_needs_nothing_but_itself(report):
     assert "http://" not in text
     assert "https://" not in text
     assert "color-scheme: light dark" in text
+
+
+def test_the_html_report_shows_the_pictures_that_were_worked_on(results):
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(picture, format="JPEG")
+    text = html_report({**results, "outputs": []}, [], [picture.getvalue()])
+    assert text.count('src="data:image/png;base64,') == 1
+    assert "<figcaption>input 1</figcaption>" in text
 
 
 def test_the_markdown_report_points_to_the_pictures_beside_it(report):

@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
     isolated = config.torch_device.type == "cuda" if arguments.isolate is None else arguments.isolate
     measured, calls = (measure_apart if isolated else measure_together)(config, workload)
     results = _results(config, workload, measured, calls, isolated)
-    _write(arguments.output_dir, results, measured)
+    _write(arguments.output_dir, results, measured, calls[0].images)
     print("\n".join(summary_lines(results)))
     print(arguments.output_dir / "report.html")
 
@@ -203,11 +203,13 @@ def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in parameters.items() if value not in ({}, None)}
 
 
-def _write(folder: Path, results: Mapping[str, Any], measured: Mapping[str, EngineResult]) -> None:
+def _write(
+    folder: Path, results: Mapping[str, Any], measured: Mapping[str, EngineResult], inputs: Sequence[bytes]
+) -> None:
     ours, theirs = measured["vllm-omni"].outputs, measured["diffusers"].outputs
     pairs = [pair for mine, other in zip(ours, theirs, strict=True) for pair in zip(mine, other, strict=True)]
     folder.mkdir(parents=True, exist_ok=True)
     paths = write_pictures(folder, pairs, results)
     write_json(folder / "results.json", results)
     (folder / "report.md").write_text(markdown_report(results, paths), encoding="utf-8")
-    (folder / "report.html").write_text(html_report(results, pairs), encoding="utf-8")
+    (folder / "report.html").write_text(html_report(results, pairs, inputs), encoding="utf-8")

@@ -69,8 +69,11 @@ def markdown_report(results: Results, paths: Sequence[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def html_report(results: Results, pairs: Sequence[Pair]) -> str:
-    """The report as one HTML file: pictures are data URLs, and nothing is fetched from elsewhere."""
+def html_report(results: Results, pairs: Sequence[Pair], inputs: Sequence[bytes] = ()) -> str:
+    """The report as one HTML file: pictures are data URLs, and nothing is fetched from elsewhere.
+
+    ``inputs`` are the encoded pictures that all prompts work on.
+    """
     header, *rows = _figures(results)
     outputs = "".join(
         _html_output(results, output, pair) for output, pair in zip(results["outputs"], pairs, strict=True)
@@ -85,7 +88,7 @@ def html_report(results: Results, pairs: Sequence[Pair]) -> str:
 <p>{html.escape(_ratio_text(results))}</p>
 {_html_table(header, rows)}
 <p class="quiet">{html.escape(_how(results))}</p>
-<h2>Outputs</h2>
+{_html_inputs(inputs)}<h2>Outputs</h2>
 {outputs}
 <h2>Settings</h2>
 {_html_table(["what", "value"], _settings(results))}
@@ -203,6 +206,14 @@ def _html_output(results: Results, output: Mapping[str, Any], pair: Pair) -> str
     size = "pair small" if pair[0][0].width < 300 else "pair"
     caption = html.escape(_caption(results, output))
     return f'<p>{caption}<br><span class="quiet">{_likeness(output)}</span></p><div class="{size}">{figures}</div>\n'
+
+
+def _html_inputs(inputs: Sequence[bytes]) -> str:
+    if not inputs:
+        return ""
+    media = (_html_media([Image.open(io.BytesIO(content))], None, f"input {n}") for n, content in enumerate(inputs, 1))
+    figures = "".join(f"<figure>{one}<figcaption>input {n}</figcaption></figure>" for n, one in enumerate(media, 1))
+    return f'<h2>Input</h2>\n<div class="pair">{figures}</div>\n'
 
 
 def _html_media(frames: Sequence[Image.Image], fps: float | None, name: str) -> str:
