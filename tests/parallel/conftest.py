@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks.rank_pool import RankPool
@@ -42,5 +44,21 @@ def folders(tmp_path_factory):
         if name not in made:
             made[name] = str(makers[name](tmp_path_factory.mktemp("parallel") / name))
         return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folder_of_class(folders, tmp_path_factory):
+    """A function from the name of a pipeline class to a folder of the tiny Qwen-Image that names it."""
+
+    def folder(class_name: str) -> Path:
+        made = tmp_path_factory.mktemp(class_name)
+        for entry in Path(folders("qwen_image")).iterdir():
+            if entry.is_dir():
+                (made / entry.name).symlink_to(entry)
+        index = (Path(folders("qwen_image")) / "model_index.json").read_text()
+        (made / "model_index.json").write_text(index.replace('"QwenImagePipeline"', f'"{class_name}"'))
+        return made
 
     return folder

@@ -28,14 +28,9 @@ def params(**values):
 
 
 @pytest.fixture(scope="module")
-def omni(folders, tmp_path_factory):
-    """Two ranks that split the branches of guidance, of a pipeline that can be told to fail."""
-    folder = tmp_path_factory.mktemp("faulty")
-    for entry in Path(folders("qwen_image")).iterdir():
-        if entry.is_dir():
-            (folder / entry.name).symlink_to(entry)
-    index = (Path(folders("qwen_image")) / "model_index.json").read_text()
-    (folder / "model_index.json").write_text(index.replace('"QwenImagePipeline"', '"FaultyPipeline"'))
+def omni(folder_of_class):
+    """Two ranks that split a sequence, of a pipeline that can be told to fail."""
+    folder = folder_of_class("FaultyPipeline")
     register_diffusion_model(
         "FaultyPipeline", "tests.parallel.faulty:FaultyPipeline", post_process_func="get_faulty_post_process_func"
     )

@@ -6,15 +6,19 @@ import functools
 from unittest import mock
 
 import pytest
+import torch
 
 from tests.parallel import generation
 from tests.parallel.generation import distance_in_fp8, generate, largest_difference
 from tests.parallel.layouts import DBCACHE, FOUR, TEACACHE, TWO
 from tests.parallel.models import FAMILIES, MODELS, requests_of
 from tests.parallel.toy_transformer import with_peers
-from tests.parity import LATENT_TOLERANCE
+from tests.parity import LATENT_TOLERANCE, assert_same_latents
+from vllm_omni import Omni, OmniDiffusionSamplingParams
 from vllm_omni.diffusion.distributed.groups import build_groups
 from vllm_omni.diffusion.worker.worker import Worker
+
+OTHERS = tuple(model for model in MODELS if model not in FAMILIES)
 
 
 @functools.cache
@@ -72,7 +76,7 @@ def cases(models, layouts):
 
 
 @pytest.mark.parallel
-@pytest.mark.parametrize(("model", "layout"), cases([model for model in MODELS if model not in FAMILIES], TWO))
+@pytest.mark.parametrize(("model", "layout"), cases(OTHERS, TWO))
 def test_two_ranks_give_the_latents_of_one_for_every_model(two_ranks, folders, model, layout):
     check(two_ranks, folders(model), model, TWO[layout])
 
@@ -114,12 +118,29 @@ def test_compiled_blocks_work_on_two_ranks(two_ranks, folders, layout):
     check(two_ranks, folders("flux"), "flux", TWO[layout], {"enforce_eager": False})
 
 
-@pytest.mark.parametrize("model", FAMILIES)
+@pytest.mark.parametrize("model", [*FAMILIES, *(pytest.param(m, marks=pytest.mark.parallel) for m in OTHERS)])
 def test_two_ranks_decode_the_tiles_of_one(two_ranks, folders, model):
     prompts, params = requests_of(model)
-    values = {**params[0], "output_type": "pt", "height": 288, "width": 320, "num_inference_steps": 1}
+    values = {**params[0], "output_type": "pt", "num_inference_steps": 1}
+    if "height" in values:  # else the model works at a size of its own, which is larger
+        values |= {"height": 288, "width": 320}
     options = {"vae_use_tiling": True}
     expected = generate(folders(model), options, prompts[:1], [values])
     options |= {"cfg_parallel_size": 2, "vae_parallel_size": 2}
     for outputs in two_ranks.run(generate, folders(model), options, prompts[:1], [values]):
         assert largest_difference(outputs, expected) <= LATENT_TOLERANCE
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("model", MODELS)
+def test_two_replicas_give_the_latents_of_one(folders, model):
+    prompts, params = requests_of(model)
+    # A replica computes the request that it has alone.
+    pairs = zip(prompts, params, strict=True)
+    expected = [generate(folders(model), {}, [prompt], [values])[0] for prompt, values in pairs]
+    with Omni(folders(model), device="cpu", data_parallel_size=2) as omni:
+        outputs = omni.generate(prompts, [OmniDiffusionSamplingParams(**values) for values in params])
+        places = {replica.num_in_flight for replica in omni._engine._executor.replicas}
+    assert places == {0}
+    for output, alone in zip(outputs, expected, strict=True):
+        assert_same_latents(torch.stack(list(output.images)), alone.output)

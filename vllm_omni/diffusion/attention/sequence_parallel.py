@@ -22,7 +22,8 @@ from vllm_omni.diffusion.attention.selector import select_backend
 from vllm_omni.diffusion.distributed.collectives import all_gather_along
 from vllm_omni.diffusion.distributed.groups import RankGroup
 from vllm_omni.diffusion.distributed.rank_status import waiting_for
-from vllm_omni.diffusion.distributed.sequence_parallel import ShardedForward, shard_lengths
+from vllm_omni.diffusion.distributed.sequence_parallel import ShardedForward, plan_error, shard_lengths
+from vllm_omni.errors import FeatureNotAvailableError
 
 
 def split_attention(
@@ -42,7 +43,7 @@ def split_attention(
     """
     num_text = query.shape[1] - forward.lengths[forward.group.rank]
     if key.shape[1] != query.shape[1] or num_text < 0:
-        raise ValueError(
+        raise plan_error(
             f"attention of {query.shape[1]} tokens over {key.shape[1]}, where this rank has"
             f" {forward.lengths[forward.group.rank]} of {forward.total} tokens: attention over keys that every rank has"
             " must be built with skip_sequence_parallel=True"
@@ -70,13 +71,21 @@ def _whole_mask(attn_mask: torch.Tensor | None, num_text: int, forward: ShardedF
     """``[B, T + all tokens]``."""
     if attn_mask is None:
         return None
+    ulysses, ring = forward.groups.ulysses.size, forward.groups.ring.size
     if attn_mask.dim() != 2:
-        raise ValueError(
-            f"attn_mask has shape {list(attn_mask.shape)}; where a sequence is split, a mask must be [B, keys]"
+        raise FeatureNotAvailableError(
+            f"ulysses_degree={ulysses}, ring_degree={ring}: the model's attention has a mask of shape"
+            f" {list(attn_mask.shape)}, and ranks that split a sequence take masks of keys alone, [B, keys]; use"
+            " tensor_parallel_size or cfg_parallel_size instead"
         )
     assert forward.total is not None, "attention is split where a sequence is"
     if attn_mask.shape[1] == num_text + forward.total:
         return attn_mask
+    if attn_mask.shape[1] != num_text + forward.lengths[forward.group.rank]:
+        raise plan_error(
+            f"attn_mask has shape {list(attn_mask.shape)}; it must mask {num_text} tokens of text and {forward.total}"
+            f" of the sequence, or this rank's {forward.lengths[forward.group.rank]} of them"
+        )
     image = all_gather_along(attn_mask[:, num_text:].to(torch.uint8), 1, forward.lengths, forward.group)
     return torch.cat([attn_mask[:, :num_text].bool(), image.bool()], dim=1)
 

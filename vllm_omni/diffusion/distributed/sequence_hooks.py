@@ -15,6 +15,7 @@ from vllm_omni.diffusion.distributed.sequence_parallel import (
     ShardedForward,
     SplitEntry,
     forward_in_progress,
+    plan_error,
     sharded_forward,
 )
 from vllm_omni.diffusion.distributed.sequence_plan import (
@@ -120,8 +121,10 @@ def _changed(sharded: ShardedForward, outputs: _Outputs, output: Any, values: Ma
     parts = [output] if is_single else list(output)
     for index, entry in outputs.items():
         what = f"output {index} of {name}"
+        if index >= len(parts):
+            raise plan_error(f"there is no {what}, which returns {len(parts)}")
         if isinstance(entry, SequenceParallelOutput):
-            _check_dims(parts[index], entry.expected_dims, what)
+            _check_dims(parts[index], entry.gather_dim, entry.expected_dims, what)
             parts[index] = sharded.gather(parts[index], entry.gather_dim)
         else:
             parts[index] = _split(sharded, entry, parts[index], values, what)
@@ -131,15 +134,19 @@ def _changed(sharded: ShardedForward, outputs: _Outputs, output: Any, values: Ma
 def _split(sharded: ShardedForward, entry: SplitEntry, value: Any, values: Mapping[str, Any], name: str) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_split(sharded, entry, part, values, name) for part in value)
-    _check_dims(value, entry.expected_dims, name)
+    _check_dims(value, entry.split_dim, entry.expected_dims, name)
     if isinstance(entry, SequenceParallelInput):
         return sharded.split(value, entry.split_dim, name)
     return sharded.split_after_text(value, entry.split_dim, _num_text(sharded, entry.text_len_source, values), name)
 
 
-def _check_dims(value: torch.Tensor, expected: int | None, name: str) -> None:
+def _check_dims(value: Any, dim: int, expected: int | None, name: str) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise plan_error(f"{name} is no tensor but {type(value).__name__}")
     if expected is not None and value.dim() != expected:
-        raise ValueError(f"_sp_plan: {name} has shape {list(value.shape)}, expected_dims is {expected}")
+        raise plan_error(f"{name} has shape {list(value.shape)}, expected_dims is {expected}")
+    if not -value.dim() <= dim < value.dim():
+        raise plan_error(f"{name} has shape {list(value.shape)} and no dimension {dim}")
 
 
 def _num_text(sharded: ShardedForward, source: str | int, values: Mapping[str, Any]) -> int:

@@ -31,6 +31,9 @@ import torch
 
 from vllm_omni.diffusion.distributed.collectives import all_gather_along
 from vllm_omni.diffusion.distributed.groups import ParallelGroups, RankGroup
+from vllm_omni.errors import InvalidConfigError
+
+PLAN_OPTION = "ulysses_degree"  # that errors of a plan name; a ring needs the same plan
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,11 @@ class SequenceParallelOutput:
 SplitEntry = Union[SequenceParallelInput, SequenceParallelPartialInput]
 ModulePlan = Union[Mapping[Any, SplitEntry], SequenceParallelOutput, Sequence[SequenceParallelOutput]]
 SequenceParallelPlan = Mapping[str, ModulePlan]
+
+
+def plan_error(what: str) -> InvalidConfigError:
+    """What is wrong with the plan of a transformer, as its forward shows."""
+    return InvalidConfigError(f"_sp_plan: {what}", option=PLAN_OPTION)
 
 
 @functools.lru_cache(maxsize=256)
@@ -129,9 +137,9 @@ class ShardedForward:
         if length == self.total:
             return x.narrow(dim, start, stop - start)
         if self.total % length:
-            raise ValueError(
-                f"_sp_plan: {name} has length {length} along dimension {dim}; the sequence that this forward has split"
-                f" has {self.total} tokens, and a forward splits one"
+            raise plan_error(
+                f"{name} has length {length} along dimension {dim}; the sequence that this forward has split has"
+                f" {self.total} tokens, and a forward splits one"
             )
         run = self.total // length
         # The same on every rank, so that means over these tensors weigh all tokens alike.
@@ -143,6 +151,8 @@ class ShardedForward:
 
     def split_after_text(self, x: torch.Tensor, dim: int, num_text: int, name: str) -> torch.Tensor:
         """``[..., T + S, ...] -> [..., T + S_rank, ...]``."""
+        if not 0 <= num_text <= x.shape[dim]:
+            raise plan_error(f"{name} has length {x.shape[dim]} along dimension {dim}, of which {num_text} are text")
         text, image = x.narrow(dim, 0, num_text), x.narrow(dim, num_text, x.shape[dim] - num_text)
         return torch.cat([text, self.split(image, dim, name)], dim)
 

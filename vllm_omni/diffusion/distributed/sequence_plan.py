@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from vllm_omni.diffusion.distributed.sequence_parallel import (
+    PLAN_OPTION,
     SequenceParallelInput,
     SequenceParallelOutput,
     SequenceParallelPartialInput,
@@ -16,8 +17,6 @@ from vllm_omni.diffusion.distributed.sequence_parallel import (
     SplitEntry,
 )
 from vllm_omni.errors import FeatureNotAvailableError, InvalidConfigError
-
-_OPTION = "ulysses_degree"  # that errors of a plan name; a ring needs the same plan
 
 
 def planned_transformers(pipeline: nn.Module) -> list[nn.Module]:
@@ -64,17 +63,17 @@ def _check_plan(transformer: nn.Module, plan: SequenceParallelPlan) -> None:
         lacking = "SequenceParallelInput" if False not in kinds else "SequenceParallelOutput"
         raise InvalidConfigError(
             f"{name}._sp_plan has no {lacking}: it must say where the sequence is split, and where it is whole again",
-            option=_OPTION,
+            option=PLAN_OPTION,
         )
     for path, entries in plan.items():
         try:
             modules = list(modules_of(transformer, path))
         except AttributeError as error:
             raise InvalidConfigError(
-                f"{name}._sp_plan names {path!r}, which it has no module of ({error})", option=_OPTION
+                f"{name}._sp_plan names {path!r}, which it has no module of ({error})", option=PLAN_OPTION
             ) from None
         if not modules:
-            raise InvalidConfigError(f"{name}._sp_plan names {path!r}, which matches no module", option=_OPTION)
+            raise InvalidConfigError(f"{name}._sp_plan names {path!r}, which matches no module", option=PLAN_OPTION)
         for key, entry in entries_of(entries):
             _check_entry(name, path, key, entry)
             for module in modules:
@@ -95,7 +94,7 @@ def _check_entry(name: str, path: str, key: str | int, entry: Any) -> None:
         raise InvalidConfigError(
             f"{name}._sp_plan[{path!r}][{key!r}] must be one of {', '.join(kind.__name__ for kind in kinds)}, not"
             f" {type(entry).__name__}",
-            option=_OPTION,
+            option=PLAN_OPTION,
         )
     dim = entry.gather_dim if isinstance(entry, SequenceParallelOutput) else entry.split_dim
     text = getattr(entry, "text_len_source", 0)
@@ -104,13 +103,13 @@ def _check_entry(name: str, path: str, key: str | int, entry: Any) -> None:
             raise InvalidConfigError(
                 f"{name}._sp_plan[{path!r}][{key!r}]: {field} {value!r} must be"
                 f" {'an integer' if field == 'dimension' else 'a number of at least 0, or the name of a parameter'}",
-                option=_OPTION,
+                option=PLAN_OPTION,
             )
     if entry.expected_dims is not None and not -entry.expected_dims <= dim < entry.expected_dims:
         raise InvalidConfigError(
             f"{name}._sp_plan[{path!r}][{key!r}]: dimension {dim} does not exist in a tensor of"
             f" expected_dims={entry.expected_dims}",
-            option=_OPTION,
+            option=PLAN_OPTION,
         )
 
 
@@ -121,27 +120,27 @@ def _check_key(name: str, path: str, key: str | int, entry: Any, transformer: nn
         raise InvalidConfigError(
             f"{name}._sp_plan[{path!r}]: {type(module).__name__}.forward takes *args, which have no names; write its"
             " parameters out",
-            option=_OPTION,
+            option=PLAN_OPTION,
         )
     if isinstance(entry, SequenceParallelOutput) or entry.split_output:
         if isinstance(key, bool) or not isinstance(key, int):
             raise InvalidConfigError(
                 f"{name}._sp_plan[{path!r}]: {key!r} is changed where it comes out, so it must be the index of an"
                 " output",
-                option=_OPTION,
+                option=PLAN_OPTION,
             )
     elif key not in parameters and not (isinstance(key, str) and inspect.Parameter.VAR_KEYWORD in kinds):
         raise InvalidConfigError(
             f"{name}._sp_plan[{path!r}] names {key!r}, which is no parameter of {type(module).__name__}.forward; it"
             f" has {', '.join(parameters)}",
-            option=_OPTION,
+            option=PLAN_OPTION,
         )
     source = getattr(entry, "text_len_source", 0)  # outputs have none
     if isinstance(source, str) and source not in (*parameters, *parameter_names(transformer)):
         raise InvalidConfigError(
             f"{name}._sp_plan[{path!r}][{key!r}]: text_len_source={source!r} is a parameter of neither"
             f" {type(module).__name__}.forward nor {name}.forward",
-            option=_OPTION,
+            option=PLAN_OPTION,
         )
 
 

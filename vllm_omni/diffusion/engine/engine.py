@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vllm_omni.diffusion.data import TASKS, OmniDiffusionConfig, SameAs
+from vllm_omni.diffusion.data import TASKS, OmniDiffusionConfig, RequestSpec, SameAs
 from vllm_omni.diffusion.engine.admission import admit, read_sampling_defaults
 from vllm_omni.diffusion.engine.executor import Executor, make_executor
 from vllm_omni.diffusion.engine.memory_budget import MemoryBudget
@@ -92,6 +92,11 @@ class Engine:
     def num_running(self) -> int:
         """Requests that workers hold."""
         return self._scheduler.num_running
+
+    @property
+    def spec(self) -> RequestSpec | None:
+        """What requests the model takes, or None if it does not say."""
+        return self._spec
 
     @property
     def takes_images(self) -> bool:
@@ -203,6 +208,15 @@ class Engine:
         outputs += [self._output(key, "failed", error=error) for key, error in result.errors.items()]
         outputs += [self._output(key, "completed", finished=finished) for key, finished in result.finished.items()]
         return EngineRound(progress=progress, outputs=outputs, seconds=seconds)
+
+    def try_step(self, requests: Sequence[OmniDiffusionRequest]) -> list[Exception]:
+        """Take one step of requests that are not queued, in no compiled code. Returns what they failed with."""
+        assert self._executor is not None, "a trial is before the first request"
+        ids, most_rows = tuple(request.request_id for request in requests), self.od_config.max_batch_size
+        trial = WorkerCommand(prepare=tuple(requests), step=ids, max_batch_size=most_rows, is_trial=True)
+        result = self._executor.execute(trial)
+        self._executor.execute(WorkerCommand(release=ids))
+        return list(result.errors.values())
 
     def _with_previews(self, command: WorkerCommand) -> WorkerCommand:
         needs = self._needs_preview

@@ -21,7 +21,7 @@ from vllm_omni.diffusion.engine.rank_pool import Rank, RankPool
 from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
 from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerResult
 from vllm_omni.diffusion.worker.rank_messages import LoadReport, RankReady, RankReply
-from vllm_omni.errors import EngineClosedError, RankFailureError, first_line
+from vllm_omni.errors import EngineClosedError, OmniError, RankFailureError, first_line
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -256,8 +256,11 @@ class MultiprocessExecutor:
                 self._on_load_progress(value.done, value.total)
             elif isinstance(value, RankReady):
                 ready.add(rank.number)
-                if value.error is not None:
+                if isinstance(value.error, OmniError):
                     errors.append(value.error)
+                elif value.error is not None:
+                    detail = f"{type(value.error).__name__}: {first_line(value.error)}"
+                    errors.append(pool.failure(rank, "failed while it started", detail))
 
         try:
             while len(ready) < len(pool.ranks):

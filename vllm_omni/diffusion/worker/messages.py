@@ -19,6 +19,7 @@ class WorkerCommand:
     step: tuple[str, ...] = ()
     preview: tuple[str, ...] = ()  # of those that take a step: show what they will become
     max_batch_size: int = 1  # rows of one forward
+    is_trial: bool = False  # run no compiled code: a size that no request may ever have is not worth compiling
     measure: bool = False  # how long the step takes and what memory the round needs, at the price of a pause
 
     @property

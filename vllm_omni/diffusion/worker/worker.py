@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -35,7 +37,8 @@ class Worker:
     def execute(self, command: WorkerCommand) -> WorkerResult:
         """Carry out one command on this worker's device."""
         assert self._runner is not None, "the engine gives a closed worker no commands"
-        with local_device(self._device), parallel_groups(self._groups), torch.inference_mode():
+        as_written = torch.compiler.set_stance("force_eager") if command.is_trial else contextlib.nullcontext()
+        with local_device(self._device), parallel_groups(self._groups), torch.inference_mode(), as_written:
             return self._runner.execute(command)
 
     def close(self) -> None:
