@@ -66,8 +66,10 @@ def _recorder(vae: Any, calls: list[_Call]) -> Callable[..., torch.Tensor]:
         begins = cache is None or not calls or cache is not calls[-1].kwargs.get("feat_cache")
         index = 0 if not calls else calls[-1].tile + begins
         calls.append(_Call(args, kwargs, index))
-        side = vae.spatial_compression_ratio if hasattr(vae, "spatial_compression_ratio") else 1
-        return tile.new_zeros(tile.shape[0], 1, *tile.shape[2:-2], tile.shape[-2] * side, tile.shape[-1] * side)
+        patch = getattr(vae.config, "patch_size", None) or 1  # a decoder of patches has their pixels as channels
+        side = vae.spatial_compression_ratio // patch if hasattr(vae, "spatial_compression_ratio") else 1
+        height, width = tile.shape[-2] * side, tile.shape[-1] * side
+        return tile.new_zeros(tile.shape[0], patch**2, *tile.shape[2:-2], height, width)
 
     return record
 
