@@ -34,6 +34,16 @@ def test_tensors_arrive_as_they_were_however_large(ends, numel, dtype):
         got[name].zero_()  # it may be written to
 
 
+@pytest.mark.parametrize("side", [1, 2, 200])
+def test_tensors_keep_their_order_in_memory(ends, side):
+    picture = torch.rand(1, side, side, 3).permute(0, 3, 1, 2)  # a convolution rounds otherwise if this is changed
+    ends[0].send({"picture": picture, "number": torch.tensor(2.0)})
+    got = ends[1].receive()
+    assert torch.equal(got["picture"], picture)
+    assert got["picture"].stride() == picture.stride()
+    assert got["number"] == 2.0
+
+
 def test_what_one_receiver_writes_the_other_does_not_see():
     pairs = [[Channel(end) for end in socket.socketpair()] for _ in range(2)]
     message = Message(torch.ones(100_000))

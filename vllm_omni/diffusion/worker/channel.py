@@ -139,8 +139,11 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> Any:
         if type(value) not in (torch.Tensor, torch.nn.Parameter):
             return None
-        self._tensors.append(value.detach().cpu().contiguous())
-        return (len(self._tensors) - 1, value.dtype, tuple(value.shape))
+        # In the order in which they lie in memory: a convolution over another rounds otherwise.
+        order = sorted(range(value.dim()), key=lambda dim: -value.stride(dim))
+        tensor = value.detach().cpu().permute(order).contiguous()
+        self._tensors.append(tensor)
+        return (value.dtype, tuple(tensor.shape), tuple(order.index(dim) for dim in range(value.dim())))
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, torch.Generator):
@@ -157,13 +160,13 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, key: Any) -> torch.Tensor:
         # Tensors come in the order in which they were put aside.
-        _, dtype, shape = key
+        dtype, shape, places = key
         numel = torch.Size(shape).numel()
         if numel == 0:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype).permute(places)
         tensor = torch.frombuffer(self._buffer, dtype=dtype, count=numel, offset=self._start).view(shape)
         self._start += _padded(numel * tensor.element_size())
-        return tensor
+        return tensor.permute(places)
 
 
 def _loads(buffer: Any, num_pickled: int) -> Any:
