@@ -181,7 +181,7 @@ def barriers_of_turns(folder):
 
 
 def test_only_turns_that_follow_each_other_do_without_a_barrier_before_them(two_ranks, tmp_path):
-    places = [[False, True, False], [True, False], [True, False]]
+    places = [[False, True, False], [False, True], [False, False]]
     assert two_ranks.run(barriers_of_turns, str(tmp_path)) == [(places, 2, 4)] * 2
 
 

@@ -62,14 +62,14 @@ class GraphedBlocks:
         plain = replace(stages, runner=None)
         given = (streams, row_inputs, stages.shared_inputs)
         if self._failure is not None:
-            return plain.run_blocks(streams, row_inputs, start, stop)
+            return _in_sequence(plain, streams, row_inputs, start, stop)
         sharded = current_sharded_forward()
         # Two sequences may leave this rank as many tokens, and another rank not.
         total = None if sharded is None else sharded.total
         shapes = self._shapes((start, stop, total, *(_signature(tensors) for tensors in given)))
         shapes.num_runs += 1
         if shapes.num_runs == 1:
-            return plain.run_blocks(streams, row_inputs, start, stop)
+            return _in_sequence(plain, streams, row_inputs, start, stop)
         if shapes.inputs is None:
             shapes.inputs = (_copies(streams), _copies(row_inputs), _copies(stages.shared_inputs))
         else:
@@ -80,7 +80,7 @@ class GraphedBlocks:
             own = replace(plain, shared_inputs=own_shared)
 
             def run() -> Streams:
-                return own.run_blocks(own_streams, own_row_inputs, start, stop)  # type: ignore[arg-type]
+                return _in_sequence(own, own_streams, own_row_inputs, start, stop)  # type: ignore[arg-type]
 
             if shapes.num_runs <= _RUNS_BEFORE_CAPTURE:
                 return run()
@@ -90,7 +90,7 @@ class GraphedBlocks:
                 self._failure = first_line(error)
                 self._by_key.clear()
                 logger.warning("CUDA graphs failed, kernels are started one by one: %s", error)
-                return plain.run_blocks(streams, row_inputs, start, stop)
+                return _in_sequence(plain, streams, row_inputs, start, stop)
         assert shapes.graph is not None, "it was captured"
         shapes.graph.replay()
         self._was_replayed = True
@@ -102,7 +102,7 @@ class GraphedBlocks:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Only this thread is kept from calls that a capture does not allow.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"), exchange_sequence():
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             shapes.outputs = run()
         shapes.graph = graph
 
@@ -127,6 +127,12 @@ def apply_cuda_graphs(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> Gr
         if stages is not None:
             transformer.stages = _graphed(stages, blocks)
     return blocks
+
+
+def _in_sequence(stages: StagedForward, streams: Streams, row_inputs: RowInputs, start: int, stop: int) -> Streams:
+    """Run the blocks. Captured or not, ranks exchange alike: one may have a graph where another one failed to."""
+    with exchange_sequence():
+        return stages.run_blocks(streams, row_inputs, start, stop)
 
 
 def _graphed(stages: Callable[..., StagedForward], blocks: GraphedBlocks) -> Any:

@@ -33,7 +33,7 @@ _by_group: dict[str, PeerMemory] = {}
 
 @contextmanager
 def exchange_sequence() -> Iterator[None]:
-    """What ranks exchange within the block always follows each other as it does here: a CUDA graph is captured."""
+    """What ranks exchange within the block always follows each other as it does here, as in a CUDA graph."""
     token = _sequence.set(object())
     try:
         yield
@@ -95,14 +95,17 @@ class PeerMemory:
         Two take turns: this rank writes what is exchanged two turns later only after the barrier of the turn between,
         which the others reached after they had read this one. That holds for turns that follow each other within
         :func:`exchange_sequence`. What came before others is not known, for graphs are replayed in any order: those
-        begin with a barrier.
+        begin with a barrier. A sequence always begins with the same buffer, so that a rank that replays it and one that
+        runs it use the same ones.
         """
         pair = [self.buffer(f"{name}-{index}", num_bytes) for index in (0, 1)]
-        sequence, (last_sequence, last) = _sequence.get(), self._turns.get(name, (None, 1))
-        self._turns[name] = (sequence, 1 - last)
-        if sequence is None or sequence is not last_sequence:
-            pair[1 - last].barrier()
-        return pair[1 - last]
+        sequence, (last_sequence, last) = _sequence.get(), self._turns.get(name, (None, 0))
+        follows = sequence is not None and sequence is last_sequence
+        index = 1 - last if follows else 0
+        self._turns[name] = (sequence, index)
+        if not follows:
+            pair[index].barrier()
+        return pair[index]
 
     @contextmanager
     def beside(self) -> Iterator[None]:
