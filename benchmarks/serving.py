@@ -4,8 +4,10 @@
     python -m benchmarks.serving mixed --json benchmarks/results/serving_mixed.json
 
 ``throughput``: pictures per second of clients that keep a server busy, beside ``Omni.generate`` of as many at once, and
-the CPU time of a picture. Both include post-processing; the server's also PNG, base64 and HTTP. Clients only send and
-read bytes. The server needs a core more than the engine alone, so nothing else may run on the machine.
+the CPU time of a picture. ``offline`` steps as many together as the engine takes by default, ``offline_same_batches``
+as many as the server took in the turn before it, which chooses by what it measures. Both include post-processing; the
+server's also PNG, base64 and HTTP. Clients only send and read bytes. The server needs a core more than the engine
+alone, so nothing else may run on the machine.
 ``mixed``: nine of ten requests are small, the tenth takes twenty times as many steps. The 95th percentile of the small
 ones' latency and the throughput, with the default policy and with whole requests one after the other (``fcfs`` with one
 seat). Each server is a process of its own; both get the same requests from the same number of clients. All arguments
@@ -21,6 +23,8 @@ import random
 import statistics
 import sys
 import time
+import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,7 @@ from benchmarks.server_process import cpu_seconds, server, split_arguments
 from vllm_omni import Omni, OmniDiffusionSamplingParams
 
 PROMPT = "a large red circle left of a small blue square on a yellow background"
+ROWS_OF_A_REQUEST = 2  # one output, with guidance
 
 
 @dataclass(frozen=True)
@@ -78,12 +83,13 @@ async def post(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body:
 
 def measure_throughput(args: argparse.Namespace) -> dict[str, Any]:
     """Pictures per second, in turns of one and the other so that a drift of the machine touches both alike."""
-    load = Load((args.steps,) * args.num_requests, args.num_clients, args.side)
-    rates: dict[str, list[float]] = {"offline": [], "http": []}
-    cpu: dict[str, list[float]] = {"offline": [], "http": []}
+    names = ("http", "offline_same_batches", "offline")
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    cpu: dict[str, list[float]] = {name: [] for name in names}
+    batch_sizes: list[float] = []
     with Omni(args.model, show_progress=False) as omni, server(*model_of(args), *args.options) as (address, pid):
 
-        def offline(num_requests: int) -> None:
+        def offline(num_requests: int, max_batch_size: int | None = None) -> None:
             params = [
                 OmniDiffusionSamplingParams(
                     height=args.side, width=args.side, num_inference_steps=args.steps, seed=seed
@@ -92,25 +98,47 @@ def measure_throughput(args: argparse.Namespace) -> dict[str, Any]:
             ]
             for start in range(0, num_requests, args.num_clients):
                 batch = params[start : start + args.num_clients]
-                omni.generate([PROMPT] * len(batch), batch)
+                omni.generate([PROMPT] * len(batch), batch, max_batch_size=max_batch_size)
+
+        def online(num_requests: int) -> None:
+            asyncio.run(run_load(address, Load((args.steps,) * num_requests, args.num_clients, args.side)))
+
+        def measure(name: str, work: Callable[..., None], *options: int) -> None:
+            process = pid if name == "http" else "self"
+            started, before = time.perf_counter(), cpu_seconds(process)
+            work(args.num_requests, *options)
+            rates[name].append(args.num_requests / (time.perf_counter() - started))
+            cpu[name].append((cpu_seconds(process) - before) / args.num_requests)
 
         offline(args.num_clients)
-        asyncio.run(run_load(address, Load((args.steps,) * 3 * args.num_clients, args.num_clients, args.side)))
+        online(3 * args.num_clients)
         for _ in range(args.trials):
-            started, before = time.perf_counter(), (cpu_seconds(), cpu_seconds(pid))
-            offline(args.num_requests)
-            rates["offline"].append(args.num_requests / (time.perf_counter() - started))
-            cpu["offline"].append((cpu_seconds() - before[0]) / args.num_requests)
-            rates["http"].append(args.num_requests / asyncio.run(run_load(address, load))[0])
-            cpu["http"].append((cpu_seconds(pid) - before[1]) / args.num_requests)
+            before = steps_and_rounds(address)
+            measure("http", online)
+            num_steps, num_rounds = (
+                after - then for after, then in zip(steps_and_rounds(address), before, strict=True)
+            )
+            batch_sizes.append(num_steps / num_rounds)
+            measure("offline_same_batches", offline, ROWS_OF_A_REQUEST * round(batch_sizes[-1]))
+            measure("offline", offline)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     costs = {name: statistics.median(values) for name, values in cpu.items()}
     return {
         "pictures_per_second": rates,
         "cpu_seconds_per_picture": cpu,
+        "requests_per_step_of_the_server": batch_sizes,
         "ratio": medians["http"] / medians["offline"],
+        "ratio_same_batches": medians["http"] / medians["offline_same_batches"],
         "cpu_ratio": costs["offline"] / costs["http"],
+        "cpu_ratio_same_batches": costs["offline_same_batches"] / costs["http"],
     }
+
+
+def steps_and_rounds(address: str) -> tuple[float, float]:
+    """How many steps requests of a server took so far, and in how many rounds, each a step of some of them."""
+    with urllib.request.urlopen(f"{address}/metrics") as response:
+        lines = dict(line.rsplit(" ", 1) for line in response.read().decode().splitlines() if not line.startswith("#"))
+    return float(lines["vllm_omni_batch_size_sum"]), float(lines["vllm_omni_batch_size_count"])
 
 
 def measure_mixed(args: argparse.Namespace) -> dict[str, Any]:
