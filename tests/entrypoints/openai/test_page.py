@@ -164,7 +164,7 @@ def test_the_keyboard_goes_on_from_where_a_card_was(server, open_page):
     page.locator(MADE).first.press("Enter")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Escape")
-    page.wait_for_function("document.activeElement === document.querySelectorAll('button.view')[1]")
+    page.locator(".card:nth-child(2) button.view:focus").wait_for()
     page.keyboard.press("Enter")
     page.locator("#viewer >> text=Delete").press("Enter")
     made(page, 2)
