@@ -175,8 +175,9 @@ def gone_within(processes, seconds: float) -> bool:
 
 
 SCRIPT = """
-import sys
+import signal, sys
 from vllm_omni import Omni, OmniDiffusionSamplingParams
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal: shells let background jobs ignore it
 omni = Omni(device="cpu", **{sys.argv[1]: 2})
 executor = omni._engine._executor
 print(*[pid for each in getattr(executor, "replicas", [executor]) for pid in each.pids], flush=True)
