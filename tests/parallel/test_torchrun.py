@@ -18,7 +18,8 @@ with Omni(device="cpu", ulysses_degree={degree}) as omni:
     params = OmniDiffusionSamplingParams(height=64, width=64, num_inference_steps=2)
     first = omni.generate(["a red circle", "a blue square"], params)
     second = omni.generate("a red circle", params)[0]
-    print("picture", sum(first[0].images[0].tobytes()), second.receipt.seeds[0], flush=True)
+    # In one piece: the other process writes to the same pipe.
+    sys.stdout.write(f"picture {{sum(first[0].images[0].tobytes())}} {{second.receipt.seeds[0]}}\\n")
 """
 
 

@@ -21,6 +21,7 @@ from vllm_omni.diffusion.attention.log_sum_exp import attention_with_lse, merge
 from vllm_omni.diffusion.attention.selector import select_backend
 from vllm_omni.diffusion.distributed.collectives import all_gather_along
 from vllm_omni.diffusion.distributed.groups import RankGroup
+from vllm_omni.diffusion.distributed.peer_memory import exchange_sequence
 from vllm_omni.diffusion.distributed.rank_status import waiting_for
 from vllm_omni.diffusion.distributed.sequence_parallel import ShardedForward, plan_error, shard_lengths
 from vllm_omni.errors import FeatureNotAvailableError
@@ -115,20 +116,22 @@ def _ring_attention(
         copy_rows(target, source[:, num_text:])
     own_mask = None if text_mask is None else torch.cat([text_mask, mask_of(group.rank)], dim=1)  # type: ignore[list-item]
     result = None
-    for turn in range(group.size):
-        place = (group.rank - turn) % group.size
-        is_last = turn + 1 == group.size
-        if not is_last:
-            pass_on = _pass_on if group.peers is None else _pass_to_peer
-            arrived = pass_on(block, lengths[(place - 1) % group.size], max(lengths), group)
-        if turn == 0:
-            result = attention_with_lse(backend, query, key, value, softmax_scale, own_mask)
-        else:
-            part = attention_with_lse(backend, query, block[0], block[1], softmax_scale, mask_of(place))
-            assert result is not None
-            result = merge(result, part)
-        if not is_last:
-            block = arrived()
+    # A block is passed on from the buffer in which it came, so the next one must come into the other.
+    with exchange_sequence():
+        for turn in range(group.size):
+            place = (group.rank - turn) % group.size
+            is_last = turn + 1 == group.size
+            if not is_last:
+                pass_on = _pass_on if group.peers is None else _pass_to_peer
+                arrived = pass_on(block, lengths[(place - 1) % group.size], max(lengths), group)
+            if turn == 0:
+                result = attention_with_lse(backend, query, key, value, softmax_scale, own_mask)
+            else:
+                part = attention_with_lse(backend, query, block[0], block[1], softmax_scale, mask_of(place))
+                assert result is not None
+                result = merge(result, part)
+            if not is_last:
+                block = arrived()
     assert result is not None, "a ring has at least one place"
     return result[0].to(query.dtype)
 

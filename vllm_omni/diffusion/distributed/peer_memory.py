@@ -33,8 +33,11 @@ _by_group: dict[str, PeerMemory] = {}
 
 @contextmanager
 def exchange_sequence() -> Iterator[None]:
-    """What ranks exchange within the block always follows each other as it does here, as in a CUDA graph."""
-    token = _sequence.set(object())
+    """What ranks exchange within the block always follows each other as it does here, as in a CUDA graph.
+
+    Within another one it is a part of that.
+    """
+    token = _sequence.set(_sequence.get() or object())
     try:
         yield
     finally:
