@@ -8,8 +8,6 @@ Shapes: R rows, I input features, O output features.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -17,25 +15,14 @@ import triton.language as tl
 
 from vllm_omni.diffusion.layers.operators import operator
 
-_FEATURES = 8  # output features of a program
-_CHUNK = 512  # input features that it multiplies at once
 _MAX_ROWS = 4  # each keeps its sums in registers
 _MAX_TILED_ROWS = 256
-
-
-class Tile(NamedTuple):
-    """What a program multiplies at once where there are more rows than that.
-
-    From a sweep on an H100, 3072 to 18432 features: 49 us for 50 rows, 89 for 100, where reading the weight takes 19,
-    and a weight that was turned to bf16 before took 245. 28 rows take 38 us with half as many rows, and as one tile
-    serves all, the kernel is compiled once.
-    """
-
-    features: int = 64
-    rows: int = 64
-    chunk: int = 128  # input features
-    warps: int = 4
-    stages: int = 4
+# What a program multiplies at once, a chunk of input features at a time.
+_IN_REGISTERS = {"FEATURES": 8, "CHUNK": 512, "num_warps": 4}
+# From a sweep on an H100, 3072 to 18432 features: 49 us for 50 rows, 89 for 100, where reading the weight takes 19, and
+# a weight that was turned to bf16 before took 245. 28 rows take 38 us with half as many rows, and as one tile serves
+# all, the kernel is compiled once.
+_TILED = {"ROWS": 64, "FEATURES": 64, "CHUNK": 128, "num_warps": 4, "num_stages": 4}
 
 
 @triton.jit
@@ -120,48 +107,21 @@ def few_rows_linear(
     if x.shape[0] > _MAX_TILED_ROWS:  # a product of many rows pays for a weight in the dtype of x
         scaled = F.linear(x, weight.to(x.dtype)).float() * scales
         return (scaled if bias is None else scaled + bias).to(x.dtype)
-    if x.shape[0] > _MAX_ROWS:
-        return more_rows_linear(x, weight, scales, bias, Tile())
-    output = x.new_empty(x.shape[0], num_features)
-    _few_rows_linear[(triton.cdiv(num_features, _FEATURES),)](
+    num_rows, output = x.shape[0], x.new_empty(x.shape[0], num_features)
+    kernel, sizes = _more_rows_linear, _TILED
+    if num_rows <= _MAX_ROWS:
+        kernel, sizes = _few_rows_linear, {**_IN_REGISTERS, "ROWS": triton.next_power_of_2(num_rows)}
+    kernel[(triton.cdiv(num_features, sizes["FEATURES"]), triton.cdiv(num_rows, sizes["ROWS"]))](
         x,
         weight,
         scales,
         x if bias is None else bias,
         output,
-        x.shape[0],
+        num_rows,
         width=width,
         num_features=num_features,
-        ROWS=triton.next_power_of_2(x.shape[0]),
-        FEATURES=_FEATURES,
-        CHUNK=_CHUNK,
         HAS_BIAS=bias is not None,
-        num_warps=4,
-    )
-    return output
-
-
-def more_rows_linear(
-    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, tile: Tile
-) -> torch.Tensor:
-    """The same for contiguous rows of any number, on tensor cores."""
-    num_features, width = weight.shape
-    output = x.new_empty(x.shape[0], num_features)
-    _more_rows_linear[(triton.cdiv(num_features, tile.features), triton.cdiv(x.shape[0], tile.rows))](
-        x,
-        weight,
-        scales,
-        x if bias is None else bias,
-        output,
-        x.shape[0],
-        width=width,
-        num_features=num_features,
-        ROWS=tile.rows,
-        FEATURES=tile.features,
-        CHUNK=tile.chunk,
-        HAS_BIAS=bias is not None,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **sizes,
     )
     return output
 
