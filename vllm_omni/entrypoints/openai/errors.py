@@ -56,6 +56,14 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, self.headers)
 
 
+class BodyRefusedError(HTTPException):
+    """An ``ApiError`` met while a route reads the body: of all errors, FastAPI lets only this kind through."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.status, str(error), error.headers)
+        self.error = error
+
+
 def as_api_error(error: BaseException, *, log: bool = True) -> ApiError:
     """How an error of the engine is told. An error of ours says nothing of this machine; others go to the log alone.
 
@@ -138,20 +146,16 @@ def _validation_error(error: RequestValidationError) -> ApiError:
 
 
 def _http_error(error: HTTPException) -> ApiError:
+    if isinstance(error, BodyRefusedError):
+        return error.error
     texts = {
         404: "there is no such path; GET /openapi.json lists what there is",
         405: "this path does not take this method; GET /openapi.json lists what there is",
         400: "the body cannot be read; send JSON in UTF-8 with the header Content-Type: application/json",
     }
-    codes = {
-        404: "unknown_path",
-        405: "method_not_allowed",
-        400: "invalid_body",
-        413: "body_too_large",
-        503: "too_many_uploads",
-    }
+    codes = {404: "unknown_path", 405: "method_not_allowed", 400: "invalid_body"}
     code = codes.get(error.status_code, f"http_{error.status_code}")
-    param = "body" if error.status_code in (400, 408, 413, 503) else None
+    param = "body" if error.status_code in (400, 408) else None
     return ApiError(
         error.status_code,
         texts.get(error.status_code, str(error.detail)),

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_omni.diffusion.request import new_request_id
 from vllm_omni.entrypoints.openai.config import ServerConfig
-from vllm_omni.entrypoints.openai.errors import ApiError
+from vllm_omni.entrypoints.openai.errors import ApiError, BodyRefusedError
 
 # Whoever asks whether the server lives need not know the key, nor does the page, which asks its user for it. The name
 # of a stored result is a secret of its own.
@@ -144,7 +144,7 @@ class Gate:
             elif more > self._max_uploads - self._uploaded:
                 refusal = self._too_many()
             if refusal is not None:
-                raise HTTPException(refusal.status, str(refusal), refusal.headers)
+                raise BodyRefusedError(refusal)
             upload.num_counted += more
             self._uploaded += more
             return message
