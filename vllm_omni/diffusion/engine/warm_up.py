@@ -80,8 +80,9 @@ def _run(engine: Engine, size: WarmupSize, num_outputs: int) -> None:
 
 
 def _prompt(engine: Engine, text: str, width: int, height: int) -> dict[str, Any]:
-    picture = {"image": Image.new("RGB", (width, height), "gray")}
-    return {"prompt": text, **({"multi_modal_data": picture} if engine.needs_images else {})}
+    if not engine.needs_images:
+        return {"prompt": text}
+    return {"prompt": text, "multi_modal_data": {"image": Image.new("RGB", (width, height), "gray")}}
 
 
 def _try_split(engine: Engine) -> None:
