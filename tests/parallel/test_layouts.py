@@ -131,6 +131,16 @@ def test_two_ranks_decode_the_tiles_of_one(two_ranks, folders, model):
         assert largest_difference(outputs, expected) <= LATENT_TOLERANCE
 
 
+@pytest.mark.parametrize("layout", ["tp2", "hsdp2"])
+@pytest.mark.parametrize("model", FAMILIES)
+def test_the_first_of_ranks_that_share_weights_decodes_by_itself(two_ranks, folders, model, layout):
+    prompts, params = requests_of(model)
+    arguments = prompts[:1], [{**params[0], "output_type": "pt", "num_inference_steps": 1}]
+    expected = generate(folders(model), {}, *arguments)
+    first, _ = two_ranks.run(generate, folders(model), TWO[layout], *arguments)
+    assert largest_difference(first, expected) <= LATENT_TOLERANCE
+
+
 @pytest.mark.parallel
 @pytest.mark.parametrize("model", MODELS)
 def test_two_replicas_give_the_latents_of_one(folders, model):

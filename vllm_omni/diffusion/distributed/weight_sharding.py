@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.groups import ParallelGroups
@@ -48,10 +49,13 @@ def shard_weights(pipeline: nn.Module, od_config: OmniDiffusionConfig, groups: P
 
 
 def _encoders(pipeline: nn.Module) -> list[nn.Module]:
-    """Models of transformers that the pipeline holds, each with the models that it holds itself."""
+    """Models of transformers that the pipeline holds, each with the models that it holds itself.
+
+    Autoencoders of diffusers name layers to be kept in one piece as well; they stay whole, for not all ranks decode.
+    """
     found: list[nn.Module] = []
     for module in pipeline.modules():
-        if _no_split_names(module) and not any(module in set(outer.modules()) for outer in found):
+        if isinstance(module, PreTrainedModel) and not any(module in set(outer.modules()) for outer in found):
             found.append(module)
     return found
 
