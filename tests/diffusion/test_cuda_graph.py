@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -138,6 +139,8 @@ def test_compiled_and_graphed_pictures_are_those_of_eager_execution(side, tmp_pa
     for enforce_eager in (True, False):
         with Omni(folder, enforce_eager=enforce_eager) as omni:
             outputs[enforce_eager] = omni.generate(["a red circle", "a blue square"], params)
+            model = weakref.ref(omni._engine._executor._worker._runner.pipeline)
+        assert model() is None, "compiled code or a graph holds it after the end"
     for one, other in zip(outputs[True], outputs[False], strict=True):
         assert other.receipt.accelerations == ("torch.compile", "CUDA graphs")
         assert np.square(one.images[0] - other.images[0]).mean() < 1e-3

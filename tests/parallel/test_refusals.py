@@ -51,6 +51,7 @@ def test_sizes_that_do_not_fit_are_refused_with_what_would(qwen_folder, options,
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2: blocks are not spread.*data_parallel_size for"),
         ({"use_hsdp": True, "hsdp_shard_size": 2, "tensor_parallel_size": 2}, "both split the same weights"),
         ({"use_hsdp": True, "hsdp_shard_size": 2, "quantization": "fp8"}, "scales of a weight do not travel"),
+        ({"ulysses_degree": 2, "attention_dtype": "fp8"}, "ulysses_degree=2, ring_degree=1: ranks that share a seq"),
     ],
 )
 def test_features_that_exclude_each_other_are_refused_with_the_reason(qwen_folder, options, message):

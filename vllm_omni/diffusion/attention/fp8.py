@@ -71,17 +71,12 @@ def check_attention_dtype(od_config: OmniDiffusionConfig) -> None:
     """Raises ``InvalidConfigError`` if attention in FP8 is asked for and cannot run."""
     if od_config.attention_dtype is None:
         return
-    device, parallel = od_config.torch_device, od_config.parallel_config
+    device = od_config.torch_device
     reason = why_unavailable(device)
     if reason is None and device.type == "cuda" and od_config.dtype != "bfloat16":
         reason = f"its results are bfloat16, dtype is {od_config.dtype}; use dtype='bfloat16', or leave it out"
     elif reason is None and od_config.attention_backend not in (None, "FLASH_ATTN"):
         reason = f"it is FlashAttention's, attention_backend is {od_config.attention_backend}; leave one of them out"
-    elif reason is None and parallel.ulysses_degree * parallel.ring_degree > 1:
-        reason = (
-            f"ranks that share a sequence (ulysses_degree={parallel.ulysses_degree}, ring_degree="
-            f"{parallel.ring_degree}) exchange it in the model's dtype; leave it out"
-        )
     if reason is not None:
         raise InvalidConfigError(
             f"attention_dtype={od_config.attention_dtype!r} does not run on {od_config.device}: {reason}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 
 import torch
 
@@ -44,4 +45,5 @@ class Worker:
     def close(self) -> None:
         """Drop the model and give its memory back."""
         self._runner = None
+        gc.collect()  # modules refer to each other in circles
         get_platform(self._device).empty_cache()
