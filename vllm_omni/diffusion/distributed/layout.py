@@ -97,7 +97,7 @@ def _check_combination(od_config: OmniDiffusionConfig, layout: ParallelLayout) -
     if sequence > 1 and od_config.attention_dtype is not None:
         raise FeatureNotAvailableError(
             f"attention_dtype={od_config.attention_dtype!r} with ulysses_degree={layout.ulysses}, ring_degree="
-            f"{layout.ring}: ranks that share a sequence exchange it in the model's dtype; leave attention_dtype out, or"
+            f"{layout.ring}: ranks that share a sequence exchange it in the model's dtype; leave attention_dtype out or"
             " use tensor_parallel_size or cfg_parallel_size"
         )
     if config.use_hsdp:
