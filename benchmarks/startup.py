@@ -114,6 +114,8 @@ def main() -> None:
         print(json.dumps(start(args)))
         return
     results: dict[str, Any] = {"environment": environment(), "model": args.full_size or args.model or "shipped"}
+    if args.scratch is not None:
+        args.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         args.scratch = Path(folder)
         if args.weights is not None:
