@@ -17,14 +17,14 @@ from vllm_omni import Omni, OmniDiffusionSamplingParams
 from vllm_omni.diffusion.engine import mp_executor
 from vllm_omni.diffusion.engine.rank_pool import RankPool
 from vllm_omni.diffusion.registry import register_diffusion_model
-from vllm_omni.errors import GenerationError, InvalidRequestError, RankFailureError
+from vllm_omni.errors import GenerationError, InsufficientMemoryError, InvalidRequestError, RankFailureError
 
 ROOT = Path(__file__).parent.parent.parent
 PARAMS = {"height": 64, "width": 64, "num_inference_steps": 2, "seed": 1, "output_type": "latent"}
 
 
 def params(**values):
-    return OmniDiffusionSamplingParams(**PARAMS, **values)
+    return OmniDiffusionSamplingParams(**{**PARAMS, **values})
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,14 @@ def test_a_rank_that_is_stopped_is_named_and_the_next_request_succeeds(omni, exp
     assert_serves(omni, expected)
 
 
+def test_a_signal_to_end_that_reaches_the_ranks_too_ends_no_rank(omni, expected):
+    old = pids(omni)
+    for pid in old:
+        os.kill(pid, signal.SIGTERM)
+    assert_serves(omni, expected)
+    assert pids(omni) == old
+
+
 @pytest.mark.parallel
 def test_a_rank_that_is_killed_at_rest_costs_no_request(omni, expected):
     old = pids(omni)
@@ -140,6 +148,30 @@ def test_a_request_that_is_wrong_on_all_ranks_alike_restarts_nothing(omni, expec
     assert caught.value.param == "prompt"
     assert pids(omni) == old
     assert_serves(omni, expected)
+
+
+def test_a_picture_that_cannot_be_decoded_costs_its_request_alone(omni):
+    old = pids(omni)
+    with pytest.raises(GenerationError, match="out of memory") as caught:
+        omni.generate(["no decoding", "a red circle"], params(output_type="np"))
+    failed, finished = caught.value.outputs
+    assert isinstance(failed.error, InsufficientMemoryError)
+    assert finished.finished
+    assert pids(omni) == old
+
+
+def test_a_wrong_request_beside_a_preview_that_takes_long_costs_nothing(omni, monkeypatch):
+    old, engine = pids(omni), omni._engine
+    monkeypatch.setattr(mp_executor, "_GRACE_S", 0.6)
+    monkeypatch.setattr(engine, "_needs_preview", lambda *_: True)
+    slow = engine.add_request(engine.validate("slow decoding", params()))
+    wrong = engine.add_request(engine.validate("a cat holding a sign", params(max_sequence_length=3)))
+    outputs = {}
+    while engine.has_requests:
+        outputs |= {output.request_id: output for output in engine.step().outputs}
+    assert outputs[slow].finished
+    assert isinstance(outputs[wrong].error, InvalidRequestError)
+    assert pids(omni) == old
 
 
 @pytest.mark.parallel

@@ -1,4 +1,4 @@
-"""What a rank waits for, which tells a rank that hangs from one that waits for it."""
+"""What a rank waits for, which tells a rank that hangs from one that waits for it, and what not all do."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ class RankStatus:
     """Written by the thread that computes, read by the one that reports to the engine."""
 
     waiting_for: str | None = None  # "ranks" or "device"
+    is_alone: bool = False  # at work in which not every rank has a part
 
 
 _current: ContextVar[RankStatus | None] = ContextVar("rank_status", default=None)
@@ -40,3 +41,17 @@ def waiting_for(what: str) -> Iterator[None]:
         yield
     finally:
         status.waiting_for = previous
+
+
+@contextmanager
+def working_alone() -> Iterator[None]:
+    """Not every rank has a part in the block: those that have none are done before, however long it takes."""
+    status = _current.get()
+    if status is None:
+        yield
+        return
+    status.is_alone = True
+    try:
+        yield
+    finally:
+        status.is_alone = False

@@ -154,14 +154,21 @@ class MultiprocessExecutor:
         while len(replies) < len(pool.ranks):
             self._hear(pool, hear)
             now = time.monotonic()
-            if any(reply.failed or reply.error is not None for reply in replies.values()):
+            late = [rank.beat for rank in pool.ranks if rank.number not in replies]
+            if any(beat.is_alone and beat.waiting_for != "ranks" for beat in late):
+                failed_at = float("inf")  # a preview is decoded: that the others are done sooner tells nothing
+            elif any(reply.failed or reply.error is not None for reply in replies.values()):
                 failed_at = min(failed_at, now)
             if now - failed_at > _GRACE_S:
                 raise self._out_of_step(pool, replies)
             self._check_stalled(pool, replies, began)
-        if len({(reply.finished, reply.failed) for reply in replies.values()}) > 1 or replies[0].result is None:
+        first = replies[0]
+        # What the first rank decodes alone may fail there alone.
+        lone = first.failed.intersection(command.decode) if self._layout.vae == 1 else frozenset()
+        states = {(reply.finished | lone, reply.failed - lone) for reply in replies.values()}
+        if len(states) > 1 or first.result is None:
             raise self._out_of_step(pool, replies)
-        return replies[0].result
+        return first.result
 
     def _out_of_step(self, pool: RankPool, replies: dict[int, RankReply]) -> RankFailureError:
         """One rank failed where others did not: their states differ from here on."""

@@ -19,7 +19,7 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.denoise import DenoiseState, denoise_step
 from vllm_omni.diffusion.distributed.collectives import all_reduce_sum
 from vllm_omni.diffusion.distributed.groups import current_groups
-from vllm_omni.diffusion.distributed.rank_status import waiting_for
+from vllm_omni.diffusion.distributed.rank_status import waiting_for, working_alone
 from vllm_omni.diffusion.distributed.sequence_hooks import apply_sequence_plans
 from vllm_omni.diffusion.distributed.sequence_plan import check_sequence_plans
 from vllm_omni.diffusion.distributed.vae_parallel import share_tiles
@@ -34,7 +34,8 @@ from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.step_plan import StepPlan
 from vllm_omni.diffusion.worker.messages import MemoryUse, StageTimes, WorkerCommand, WorkerOutput, WorkerResult
-from vllm_omni.errors import FeatureNotAvailableError, InsufficientMemoryError, NonFiniteOutputError, first_line
+from vllm_omni.diffusion.worker.out_of_memory import explained
+from vllm_omni.errors import FeatureNotAvailableError, NonFiniteOutputError
 from vllm_omni.outputs import StepCacheUse
 from vllm_omni.platforms import get_platform
 
@@ -172,10 +173,10 @@ class ModelRunner:
             self._platform.empty_cache()
             if self._groups.world.size > 1:
                 # Other ranks may wait in this step: another try of this one alone would not meet them.
-                result.errors.update((state.request_id, _explained(error)) for state in states)
+                result.errors.update((state.request_id, explained(error)) for state in states)
                 return
             if len(states) == 1:
-                result.errors[states[0].request_id] = _explained(error)
+                result.errors[states[0].request_id] = explained(error)
                 return
             for state in states:
                 self._guard(result, state.request_id, denoise_step, [state], self.pipeline, 1)
@@ -208,7 +209,8 @@ class ModelRunner:
             if self._preview is not None:
                 preview = self._preview(state, latents)
             elif self._decodes:
-                preview = decoded_preview(self.pipeline.decode, state, latents)
+                with working_alone():
+                    preview = decoded_preview(self.pipeline.decode, state, latents)
             if preview is not None:
                 result.previews[request_id] = preview.numpy()
 
@@ -230,6 +232,7 @@ class ModelRunner:
         started = time.perf_counter()
         if running.denoise_started is not None:
             running.times.denoise_s = started - running.denoise_started
+        step_cache = self._step_cache_use(running.state)  # ranks exchange here, and decoding may fail on one of them
         output = running.output if running.state is None else self._decode(running)
         with waiting_for("device"):
             self._platform.synchronize()
@@ -238,7 +241,7 @@ class ModelRunner:
             output=output,
             times=running.times,
             peak_memory_bytes=self._platform.peak_memory(),
-            step_cache=self._step_cache_use(running.state),
+            step_cache=step_cache,
         )
 
     def _step_cache_use(self, state: DenoiseState | None) -> StepCacheUse | None:
@@ -269,7 +272,7 @@ class ModelRunner:
         try:
             work(*arguments)
         except Exception as error:
-            result.errors[request_id] = _explained(error)
+            result.errors[request_id] = explained(error)
             self._platform.empty_cache()
 
     def _accelerations(self) -> tuple[str, ...]:
@@ -286,15 +289,3 @@ class ModelRunner:
 def is_stepped(pipeline_class: type[nn.Module]) -> bool:
     """Whether a pipeline has the three verbs, so that the engine can drive its steps."""
     return all(callable(getattr(pipeline_class, verb, None)) for verb in ("prepare", "predict", "decode"))
-
-
-def _explained(error: Exception) -> Exception:
-    """Memory that ran out, as an error that says what to do; any other error as it is."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-        explained = InsufficientMemoryError(
-            f"the device ran out of memory ({first_line(error)}); ask for a"
-            " smaller size or fewer outputs, lower max_batch_size, or set vae_use_tiling=True"
-        )
-        explained.__cause__ = error
-        return explained
-    return error

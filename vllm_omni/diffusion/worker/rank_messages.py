@@ -25,10 +25,11 @@ class RankSetup:
 
 @dataclass(frozen=True, kw_only=True)
 class RankBeat:
-    """Sent a few times per second: how long the rank has done nothing, and what it waits for."""
+    """Sent a few times per second: how long the rank has done nothing, what it waits for, and if it is alone."""
 
     idle_s: float
     waiting_for: str | None
+    is_alone: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

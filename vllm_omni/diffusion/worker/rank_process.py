@@ -50,9 +50,10 @@ class _Heart(threading.Thread):
                 # While the heart itself did not beat, the whole process or machine stood still: no sign of a hang.
                 idle_s += min(now - beaten, 2 * _BEAT_S)
             used, beaten = now_used, now
+            beat = RankBeat(idle_s=idle_s, waiting_for=self._status.waiting_for, is_alone=self._status.is_alone)
             try:
                 with self._lock:
-                    self._channel.send(RankBeat(idle_s=idle_s, waiting_for=self._status.waiting_for))
+                    self._channel.send(beat)
             except OSError:
                 os._exit(1)
 
@@ -117,7 +118,9 @@ def _reply(worker: Worker, number: int, command: WorkerCommand, *, is_first: boo
 
 def main() -> None:
     # The engine ends its ranks; an interrupt from the terminal reaches them as well and is the engine's.
+    # So is a request to end, which a service manager sends to every process: what runs is finished first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     # Raised where the engine has closed the channel or is gone.
     with contextlib.suppress(EOFError, OSError):

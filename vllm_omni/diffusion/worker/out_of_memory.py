@@ -1,0 +1,19 @@
+"""What to do about memory that ran out."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_omni.errors import InsufficientMemoryError, first_line
+
+
+def explained(error: Exception) -> Exception:
+    """Memory that ran out, as an error that says what to do; any other error as it is."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        advised = InsufficientMemoryError(
+            f"the device ran out of memory ({first_line(error)}); ask for a"
+            " smaller size or fewer outputs, lower max_batch_size, or set vae_use_tiling=True"
+        )
+        advised.__cause__ = error
+        return advised
+    return error
