@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from vllm_omni import Omni, OmniDiffusionSamplingParams
-from vllm_omni.diffusion.engine import mp_executor
+from vllm_omni.diffusion.engine import mp_executor, rank_pool
 from vllm_omni.diffusion.engine.rank_pool import RankPool
 from vllm_omni.diffusion.registry import register_diffusion_model
 from vllm_omni.errors import GenerationError, InsufficientMemoryError, InvalidRequestError, RankFailureError
@@ -93,15 +93,19 @@ def test_a_signal_to_end_that_reaches_the_ranks_too_ends_no_rank(omni, expected)
 
 
 @pytest.mark.parallel
-def test_a_rank_that_is_killed_at_rest_costs_no_request(omni, expected):
-    old = pids(omni)
+def test_a_rank_that_is_killed_at_rest_starts_again_before_a_request_needs_it(omni, expected):
+    old, engine = pids(omni), omni._engine
     os.kill(old[1], signal.SIGKILL)
-    deadline = time.monotonic() + 5  # its threads end one by one
-    while omni._engine._executor._pool.death() is None:
+    deadline = time.monotonic() + 5
+    while engine.is_ready:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert_serves(omni, expected)
+    assert engine.is_alive
+    while not engine.is_ready:
+        assert time.monotonic() < deadline + 30
+        time.sleep(0.01)
     assert not set(pids(omni)) & set(old)
+    assert_serves(omni, expected)
 
 
 @pytest.mark.parallel
@@ -136,7 +140,7 @@ def test_a_rank_that_is_stopped_while_it_starts_is_named(qwen_folder, monkeypatc
 
     start = RankPool._start
     monkeypatch.setattr(RankPool, "_start", lambda *args: map(stop, start(*args)))
-    monkeypatch.setattr(mp_executor, limit, 1.0)
+    monkeypatch.setattr(rank_pool, limit, 1.0)
     with pytest.raises(RankFailureError, match=r"rank [01] of 2 has given no sign of life for 1 s while it"):
         Omni(str(qwen_folder), device="cpu", ulysses_degree=2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -22,6 +23,21 @@ def in_background(function: Callable[..., T], *args: Any, **kwargs: Any) -> Futu
 
     threading.Thread(target=run, name=getattr(function, "__name__", None), daemon=True).start()
     return future
+
+
+def call_at_times(method: Callable[[], object], interval_s: float, end: threading.Event) -> None:
+    """Call ``method`` every so often, until ``end`` is set or its object is gone, which this does not keep."""
+    reference = weakref.WeakMethod(method)
+
+    def run() -> None:
+        while not end.wait(interval_s):
+            bound = reference()
+            if bound is None:
+                return
+            bound()
+            del bound
+
+    in_background(run)
 
 
 class Turns:

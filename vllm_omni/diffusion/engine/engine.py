@@ -59,7 +59,6 @@ class Engine:
         model = resolve_diffusion_model(od_config.model_class_name)
         self._is_stepped = is_stepped(model.pipeline_class)
         self._spec = model.request_spec(od_config)
-
         self._checkpoint_defaults = read_sampling_defaults(od_config)
         self._pre_process = _built(model.get_pre_process_func, od_config)
         self._results = Results(od_config, self._spec, _built(model.get_post_process_func, od_config))
@@ -78,6 +77,11 @@ class Engine:
     def is_alive(self) -> bool:
         """False once it is closed, or once its ranks have failed so often that they are not started again."""
         return self._executor is not None and self._executor.is_alive
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would begin at once; False also while all ranks start again, for which requests wait."""
+        return self._executor is not None and self._executor.is_ready
 
     @property
     def has_requests(self) -> bool:
@@ -112,14 +116,12 @@ class Engine:
     def request_defaults(self) -> dict[str, Any]:
         """The parameters that the model takes, with the value of an absent one where it does not follow from others."""
         defaults = {} if self._spec is None else dict(self._spec.defaults)
-        own = {name: value for name, value in defaults.items() if not isinstance(value, SameAs)}
-        return {**own, **self._checkpoint_defaults}
+        return {k: v for k, v in defaults.items() if not isinstance(v, SameAs)} | self._checkpoint_defaults
 
     def num_frames_of(self, seconds: float, fps: float | None) -> int:
         """The number of frames that the model can make which comes nearest to ``seconds``; ``fps`` None is its own."""
         assert self._spec is not None, "a video model tells its requests"
-        rate = self.request_defaults["fps"] if fps is None else fps
-        factor = self._spec.temporal_factor
+        rate, factor = self.request_defaults["fps"] if fps is None else fps, self._spec.temporal_factor
         return max(1, round((seconds * rate - 1) / factor) * factor + 1)
 
     def seconds_left(self) -> dict[str, float]:

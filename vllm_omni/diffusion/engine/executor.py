@@ -19,10 +19,16 @@ from vllm_omni.errors import FeatureNotAvailableError
 
 
 class Executor(Protocol):
-    """Runs each command on all ranks and returns the result of one. ``is_alive`` is False once it will run no more."""
+    """Runs each command on all ranks and returns the result of one.
+
+    ``is_alive`` is False once it will run no more, ``is_ready`` while a command would wait for ranks that start again.
+    """
 
     @property
     def is_alive(self) -> bool: ...
+
+    @property
+    def is_ready(self) -> bool: ...
 
     def execute(self, command: WorkerCommand) -> WorkerResult: ...
 
@@ -32,7 +38,7 @@ class Executor(Protocol):
 class InProcessExecutor:
     """One rank, in this process."""
 
-    is_alive = True
+    is_alive = is_ready = True
 
     def __init__(self, od_config: OmniDiffusionConfig, on_load_progress: LoadProgress | None = None) -> None:
         self._worker = Worker(od_config, on_load_progress)

@@ -16,7 +16,7 @@ from typing import Any
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.layout import ParallelLayout
-from vllm_omni.diffusion.engine.background import Turns
+from vllm_omni.diffusion.engine.background import Turns, call_at_times
 from vllm_omni.diffusion.engine.rank_pool import Rank, RankPool
 from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
 from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerResult
@@ -27,14 +27,12 @@ from vllm_omni.logger import init_logger
 logger = init_logger(__name__)
 
 _POLL_S = 0.1
+_WATCH_S = 1.0  # between two looks at ranks that have nothing to do
 # A rank that others wait for, that waits for nothing and that has computed nothing for this long, hangs. Compilers run
 # in processes of their own for a while.
 _STALL_S = 6.0
 _STALL_WHILE_COMPILING_S = 60.0
 _ALL_STALLED = 1.4  # times as long, where no rank says that it waits for the others
-# Without a sign of life of a rank that starts: until the first, and from one to the next.
-_SILENT_START_S = 120.0
-_SILENT_LOAD_S = 30.0
 # Ranks whose steps are the same answer within moments of each other once one of them has failed.
 _GRACE_S = 3.0
 _MAX_RESTARTS = 3  # in a row, without a finished request between them
@@ -66,6 +64,7 @@ class MultiprocessExecutor:
         self._is_ready = False
         self._start()
         self._await_ready()
+        call_at_times(self.look_after_ranks, _WATCH_S, self._closing)
 
     @property
     def num_in_flight(self) -> int:
@@ -106,8 +105,7 @@ class MultiprocessExecutor:
     def _execute(self, command: WorkerCommand) -> WorkerResult:
         result = WorkerResult()
         try:
-            if not self._in_flight:
-                self._replace_dead()
+            self._replace_dead()
             self._in_flight.update((request.request_id, None) for request in command.prepare)
             if not command.only_releases:
                 self._recover()
@@ -124,9 +122,18 @@ class MultiprocessExecutor:
 
     def _replace_dead(self) -> None:
         """Ranks that died while they had nothing to do cost no request."""
-        death = self._pool.death() if self._is_ready and self._pool is not None else None
+        death = self._death_at_rest()
         if death is not None:
             self._lost(death)
+
+    def _death_at_rest(self) -> RankFailureError | None:
+        pool = self._pool
+        return pool.death() if self._is_ready and not self._in_flight and pool is not None else None
+
+    def look_after_ranks(self) -> None:
+        """Start ranks again that died while they had nothing to do, before a request needs them."""
+        if self._death_at_rest() is not None:
+            self._turns.begin(self._replace_dead)
 
     def _require_pool(self) -> RankPool:
         assert self._pool is not None, "the engine gives a closed executor no commands"
@@ -274,19 +281,11 @@ class MultiprocessExecutor:
                 self._hear(pool, hear)
                 if errors:
                     raise errors[0]
-                _check_silent(pool, ready)
+                pool.check_starts(ready)
         except BaseException:
             self._drop_pool()
             raise
         self._is_ready = True
-
-
-def _check_silent(pool: RankPool, ready: set[int]) -> None:
-    """Raises ``RankFailureError`` for a rank that starts and is not heard of."""
-    for rank in pool.ranks:
-        limit = _SILENT_LOAD_S if rank.has_beaten else _SILENT_START_S
-        if rank.number not in ready and time.monotonic() - rank.beat_time > limit:
-            raise pool.failure(rank, f"has given no sign of life for {limit:g} s while it started")
 
 
 def _new_pool(od_config: OmniDiffusionConfig, layout: ParallelLayout, first_device: int) -> RankPool:

@@ -28,6 +28,9 @@ from vllm_omni.errors import RankFailureError
 
 _CLOSING_S = 3.0  # that ranks have to end by themselves
 SEND_TIMEOUT_S = 8.0
+# Without a sign of life of a rank that starts: until the first, and from one to the next.
+_SILENT_START_S = 120.0
+_SILENT_LOAD_S = 30.0
 
 
 class RankHandle(Protocol):
@@ -129,6 +132,13 @@ class RankPool:
                 rank.beat, rank.has_beaten = value, True
             else:
                 hear(rank, value)
+
+    def check_starts(self, ready: set[int]) -> None:
+        """Raises ``RankFailureError`` for a rank that starts, is not yet ``ready`` and is not heard of."""
+        for rank in self.ranks:
+            limit = _SILENT_LOAD_S if rank.has_beaten else _SILENT_START_S
+            if rank.number not in ready and time.monotonic() - rank.beat_time > limit:
+                raise self.failure(rank, f"has given no sign of life for {limit:g} s while it started")
 
     def death(self) -> RankFailureError | None:
         """The error for a rank whose process has ended; None if all live."""

@@ -42,6 +42,10 @@ class ReplicatedExecutor:
     def is_alive(self) -> bool:
         return any(replica.is_alive for replica in self.replicas)
 
+    @property
+    def is_ready(self) -> bool:
+        return any(replica.is_ready for replica in self.replicas)
+
     def execute(self, command: WorkerCommand) -> WorkerResult:
         """Each replica carries out its part of the command, all at the same time."""
         loads = [replica.num_in_flight for replica in self.replicas]

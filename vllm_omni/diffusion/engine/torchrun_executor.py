@@ -28,7 +28,7 @@ class TorchrunExecutor:
     The requests of the first rank are what every rank computes: ids and seeds that were drawn differ between them.
     """
 
-    is_alive = True
+    is_alive = is_ready = True
 
     def __init__(
         self, od_config: OmniDiffusionConfig, layout: ParallelLayout, on_load_progress: LoadProgress | None = None

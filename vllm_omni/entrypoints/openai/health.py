@@ -23,10 +23,12 @@ async def health(request: Request) -> dict[str, Any]:
 
 @router.get("/ready")
 async def ready(request: Request) -> dict[str, Any]:
-    """200 while new requests are taken, 503 while the server shuts down."""
+    """200 while new requests are taken and can begin; 503 while workers start again or the server shuts down."""
     server = server_of(request)
     if server.is_draining or not server.omni.is_running:
         raise ApiError(503, "the server takes no more requests", code="shutting_down")
+    if not server.omni.engine.is_ready:
+        raise ApiError(503, "the workers start again; requests wait for them", code="workers_starting")
     return {"status": "ready", "model": server.model_name}
 
 
