@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import errno
+import signal
 import subprocess
 import sys
+import time
 
 import av
 import pytest
@@ -112,6 +114,24 @@ def test_an_interrupt_is_one_word_at_any_time(monkeypatch, capsys):
 
     monkeypatch.setattr("importlib.import_module", interrupted)
     assert main(["generate", "a cat"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_an_interrupt_that_a_finalizer_swallows_is_not_lost(monkeypatch, capsys):
+    class Interrupted:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def load(*_):
+        Interrupted()
+        time.sleep(5)
+
+    monkeypatch.setattr("importlib.import_module", load)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
+    try:
+        assert main(["generate", "a cat"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert capsys.readouterr().err == "interrupted\n"
 
 

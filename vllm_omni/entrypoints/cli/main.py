@@ -6,8 +6,11 @@ import argparse
 import difflib
 import importlib
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from vllm_omni.errors import InvalidConfigError, InvalidRequestError, OmniError
 from vllm_omni.version import __version__
@@ -24,7 +27,8 @@ _COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 2 for bad input, 1 for any other error, 130 after Ctrl-C."""
     try:
-        _run(sys.argv[1:] if argv is None else list(argv))
+        with _interrupts_come_again():
+            _run(sys.argv[1:] if argv is None else list(argv))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -32,6 +36,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vllm-omni: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (InvalidRequestError, InvalidConfigError)) else 1
     return 0
+
+
+@contextmanager
+def _interrupts_come_again() -> Iterator[None]:
+    """An interrupt that Python ignores, since a finalizer ran when it came, comes again a moment later.
+
+    Imports free thousands of objects with finalizers: the command went on loading, deaf to Ctrl-C.
+    """
+    hook = sys.unraisablehook
+
+    def again(unraisable: sys.UnraisableHookArgs) -> None:
+        if unraisable.exc_type is not KeyboardInterrupt:
+            hook(unraisable)
+            return
+        timer = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def _run(argv: Sequence[str]) -> None:
