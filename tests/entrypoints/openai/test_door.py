@@ -18,6 +18,7 @@ from tests.serving import SMALL, running_server
 from vllm_omni import AsyncOmni
 from vllm_omni.entrypoints.openai.config import ServerConfig
 from vllm_omni.entrypoints.openai.gate import Gate
+from vllm_omni.entrypoints.openai.run import HttpServer, bind, open_storage
 from vllm_omni.errors import InvalidConfigError
 
 GENERATIONS = "/v1/images/generations"
@@ -89,6 +90,22 @@ def test_the_key_opens_and_health_needs_none(guarded):
     assert [model.id for model in guarded.client("secret").models.list()] == ["shapes"]
     assert guarded.client("secret").models.retrieve("shapes").id == "shapes"
     assert guarded.call("GET", "/health")[0] == guarded.call("GET", "/ready")[0] == 200
+
+
+def test_a_server_is_not_ready_while_its_workers_start_again(guarded, shipped_omni, monkeypatch):
+    monkeypatch.setattr(shipped_omni.engine._executor, "is_ready", False)
+    status, _, answer = guarded.call("GET", "/ready")
+    assert (status, answer["error"]["code"]) == (503, "workers_starting")
+    assert guarded.call("GET", "/health")[0] == 200
+
+
+def test_a_port_that_another_server_took_while_the_model_was_loaded_is_said(shipped_omni):
+    with bind(ServerConfig(port=0)) as first:
+        config = ServerConfig(port=first.getsockname()[1])
+        with bind(config) as second, contextlib.closing(open_storage(config)) as storage:
+            first.listen()
+            with pytest.raises(InvalidConfigError, match=f"port={config.port}: Address already in use"):
+                HttpServer(shipped_omni, config, None, second, storage).run()
 
 
 def test_a_body_beyond_the_limit_is_refused_before_it_is_read(guarded):

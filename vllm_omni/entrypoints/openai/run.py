@@ -37,10 +37,14 @@ def bind(config: ServerConfig) -> socket.socket:
         listener.bind((config.host, config.port))
     except OSError as error:
         listener.close()
-        raise InvalidConfigError(
-            f"host={config.host!r}, port={config.port}: {error.strerror or error}; choose another", option="port"
-        ) from error
+        raise _not_had(config, error) from error
     return listener
+
+
+def _not_had(config: ServerConfig, error: OSError) -> InvalidConfigError:
+    return InvalidConfigError(
+        f"host={config.host!r}, port={config.port}: {error.strerror or error}; choose another", option="port"
+    )
 
 
 def open_storage(config: ServerConfig) -> Storage:
@@ -86,6 +90,11 @@ class HttpServer(uvicorn.Server):
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            # Until now another server could bind it too, and be the first to listen.
+            self._listener.listen(self.config.backlog)
+        except OSError as error:
+            raise _not_had(self.state.config, error) from error
         super().run([self._listener] if sockets is None else sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
