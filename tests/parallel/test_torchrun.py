@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from vllm_omni import AsyncOmni
+from vllm_omni.errors import FeatureNotAvailableError
+
 pytestmark = pytest.mark.parallel
 ROOT = Path(__file__).parent.parent.parent
 
@@ -44,8 +47,13 @@ def test_both_processes_have_the_same_picture_from_a_seed_that_was_drawn(tmp_pat
     assert done.returncode == 0, done.stderr
     pictures = [line for line in done.stdout.splitlines() if line.startswith("picture")]
     assert len(pictures) == 2
-    checksums = {line.split()[1] for line in pictures}
-    assert len(checksums) == 1
+    assert len(set(pictures)) == 1, "the same picture, and the same seed in its receipt"
+
+
+def test_a_server_in_torchrun_is_refused(qwen_folder, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(FeatureNotAvailableError, match="start it without torchrun"):
+        AsyncOmni(qwen_folder, device="cpu", tensor_parallel_size=2)
 
 
 def test_a_product_that_is_not_the_number_of_processes_is_refused(tmp_path):

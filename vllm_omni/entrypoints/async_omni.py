@@ -10,8 +10,10 @@ from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
+from vllm_omni.diffusion.distributed.layout import check_layout
 from vllm_omni.diffusion.engine.configure import configure
 from vllm_omni.diffusion.engine.engine import Engine, EngineRound
+from vllm_omni.diffusion.engine.executor import runs_in_torchrun
 from vllm_omni.diffusion.engine.warm_up import warm_up
 from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
 from vllm_omni.diffusion.request import OmniDiffusionRequest
@@ -20,6 +22,7 @@ from vllm_omni.entrypoints.omni import choose_model
 from vllm_omni.errors import (
     EngineClosedError,
     EngineFailureError,
+    FeatureNotAvailableError,
     GenerationError,
     InvalidRequestError,
     QueueFullError,
@@ -57,6 +60,11 @@ class AsyncOmni:
         self.od_config = configure(choose_model(model, task), options, task)
         self.listeners: list[Callable[[EngineRound], object]] = []  # the engine's thread tells them of each round
         self._max_queue = max_queue
+        if runs_in_torchrun(check_layout(self.od_config)):
+            raise FeatureNotAvailableError(
+                "torchrun: its processes must ask for the same pictures in the same order, which clients do not; start"
+                " it without torchrun, and it starts its ranks itself"
+            )
         self._closed = False
         self._wake = threading.Condition()
         # A small file can unpack to MAX_PIXELS: so many of them are in memory at a time and no more.

@@ -57,13 +57,18 @@ def make_executor(od_config: OmniDiffusionConfig, on_load_progress: LoadProgress
     """
     layout = check_layout(od_config)
     _check_pipeline(od_config, layout)
-    if layout.world_size * layout.data > 1 and started_by_torchrun():
+    if runs_in_torchrun(layout):
         return TorchrunExecutor(od_config, layout, on_load_progress)
     if layout.data > 1:
         return ReplicatedExecutor(od_config, layout, on_load_progress)
     if layout.world_size > 1 or od_config.parallel_config.distributed_executor_backend == "ray":
         return MultiprocessExecutor(od_config, layout, on_load_progress)
     return InProcessExecutor(od_config, on_load_progress)
+
+
+def runs_in_torchrun(layout: ParallelLayout) -> bool:
+    """Whether this process is one of the ranks, and not the one that starts them."""
+    return layout.world_size * layout.data > 1 and started_by_torchrun()
 
 
 def _check_pipeline(od_config: OmniDiffusionConfig, layout: ParallelLayout) -> None:

@@ -25,7 +25,8 @@ def started_by_torchrun() -> bool:
 class TorchrunExecutor:
     """This process's rank. All processes must ask for the same generations in the same order.
 
-    The requests of the first rank are what every rank computes: ids and seeds that were drawn differ between them.
+    The requests of the first rank are what every rank computes: ids and seeds that were drawn differ between them. A
+    seed becomes that of the first, for the receipt; an id stays, by which the engine of this process knows the request.
     """
 
     is_alive = is_ready = True
@@ -58,6 +59,7 @@ class TorchrunExecutor:
         dist.broadcast_object_list(agreed, src=0, device=torch.device("cpu"))
         for ours, first in zip(command.prepare, agreed[0].prepare, strict=True):
             self._ids[first.request_id] = ours.request_id
+            ours.sampling_params.seed = first.sampling_params.seed
         result = self._worker.execute(agreed[0])
         gone = (*result.finished, *result.errors, *agreed[0].release)
         result.finished = {self._ids[key]: output for key, output in result.finished.items()}
