@@ -104,6 +104,8 @@ class MultiprocessExecutor:
 
     def _execute(self, command: WorkerCommand) -> WorkerResult:
         result = WorkerResult()
+        for request_id in command.release:
+            self._in_flight.pop(request_id, None)  # it has ended: a failure is none of it
         try:
             self._replace_dead()
             self._in_flight.update((request.request_id, None) for request in command.prepare)
@@ -114,7 +116,7 @@ class MultiprocessExecutor:
                 self._say(self._require_pool(), command)
         except RankFailureError as failure:
             result = self._lost(failure)
-        for request_id in (*command.release, *result.finished, *result.errors):
+        for request_id in (*result.finished, *result.errors):
             self._in_flight.pop(request_id, None)
         if result.finished:
             self._num_restarts = 0
