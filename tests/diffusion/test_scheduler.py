@@ -108,6 +108,47 @@ def test_a_short_request_waits_for_at_most_one_step_of_a_long_one(clock):
     assert device.finished_at["long"] > device.finished_at["short"]
 
 
+def replicas_make(clock, num_replicas, *, measured_batches=True, max_batch_size=16):
+    """Replicas that share the rows of a round evenly."""
+    scheduler = Scheduler(
+        64, budget=MemoryBudget(is_cautious=False), measured_batches=measured_batches, num_replicas=num_replicas
+    )
+    return Device(
+        scheduler, clock, lambda side, rows: proportional(side, rows) / num_replicas, max_batch_size=max_batch_size
+    )
+
+
+@pytest.mark.parametrize(
+    ("side", "placing"),
+    [(1024, {"num_rows": 2}), (1024, {"num_rows": 2, "can_share": False})],
+    ids=["large", "in one piece"],
+)
+def test_each_replica_takes_a_step_where_a_batch_gains_nothing(clock, side, placing):
+    device = replicas_make(clock, 2)
+    device.add(*(request(f"r{i}", side=side, steps=10, **placing) for i in range(4)))
+    device.run()
+    assert {len(step) for step in device.steps} == {2}
+    assert len(device.steps) == 20
+
+
+def test_a_batch_may_be_as_large_as_it_may_be_on_each_replica(clock):
+    device = replicas_make(clock, 2, measured_batches=False, max_batch_size=1)
+    device.add(*(request(f"r{i}", steps=3) for i in range(3)))
+    device.run()
+    assert [len(step) for step in device.steps] == [2, 2, 2, 1, 1, 1]
+    assert device.finished_at["r0"] == device.finished_at["r1"]
+
+
+def test_replicas_share_the_time_that_is_left_but_one_request_takes_its_own(clock):
+    device = replicas_make(clock, 2)
+    device.add(*(request(f"r{i}", side=1024, steps=10) for i in range(4)))
+    device.round()
+    left = list(device.scheduler.seconds_left().values())
+    row_s = proportional(1024, 1)
+    assert left[0] == pytest.approx(9 * row_s)
+    assert left[-1] == pytest.approx((9 + 9 + 10 + 10) / 2 * row_s)
+
+
 def test_first_come_first_served_lets_the_long_one_end_first(clock):
     device = make(clock, "fcfs")
     device.add(request("long", side=1024, steps=50), request("short", side=768, steps=4))

@@ -65,7 +65,10 @@ class Engine:
         limit = None if od_config.memory_budget_mb is None else od_config.memory_budget_mb * 2**20
         budget = MemoryBudget(limit, is_cautious=is_online)
         policy = od_config.scheduling_policy or ("shortest" if is_online else "fcfs")
-        self._scheduler = Scheduler(od_config.max_num_seqs, policy, budget, measured_batches=is_online)
+        replicas = od_config.parallel_config.data_parallel_size
+        self._scheduler = Scheduler(
+            od_config.max_num_seqs, policy, budget, measured_batches=is_online, num_replicas=replicas
+        )
         self._tracked: dict[str, TrackedRequest] = {}
         self._executor: Executor | None = make_executor(od_config, on_load_progress)
         # By a map they cost next to nothing. Without one the decoder makes those of pictures, each at its full cost.

@@ -4,6 +4,7 @@ Each round has one piece of work. A request whose steps are done is decoded. Oth
 those that wait and those in progress alike; the first that may run leads, and as many of the same shape join it as
 raise the throughput. So requests join and leave between any two steps, and one that was begun does not keep a shorter
 one waiting for longer than a step. A waiting request begins when its first step is due, so it holds memory only then.
+Of replicas each gets such a batch: a round has as many rows, and as many requests to decode, as all of them can take.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ class Scheduler:
         budget: MemoryBudget | None = None,
         *,
         measured_batches: bool = True,
+        num_replicas: int = 1,
     ) -> None:
         self._max_num_seqs = max_num_seqs
         self._policy = policy
         self._budget = MemoryBudget() if budget is None else budget
         self._costs = StepCosts()
         self._measured_batches = measured_batches
+        self._num_replicas = num_replicas
         self._waiting: dict[str, ScheduledRequest] = {}
         self._running: dict[str, ScheduledRequest] = {}
         self._served_clients: dict[str, float] = {}
@@ -107,9 +110,10 @@ class Scheduler:
             for item in ranked:
                 num_rows[item.shape] += item.num_rows
             for item in ranked:
-                row_seconds = self._costs.row_seconds(item.shape, item.volume, num_rows[item.shape])
-                total += item.num_steps_left * item.num_rows * row_seconds
-                left[item.request_id] = total
+                rows_each = -(-num_rows[item.shape] // self._num_replicas)
+                own = item.num_steps_left * item.num_rows * self._costs.row_seconds(item.shape, item.volume, rows_each)
+                total += own
+                left[item.request_id] = max(own, total / self._num_replicas)
             return left
 
     def schedule(self, max_batch_size: int) -> tuple[WorkerCommand, list[ScheduledRequest]]:
@@ -117,7 +121,7 @@ class Scheduler:
         with self._lock:
             aborted, release = self._take_aborted()
             # One at a time, and before any step: its client need not wait for a step of others.
-            done = [key for key, item in self._running.items() if not item.num_steps_left][:1]
+            done = [key for key, item in self._running.items() if not item.num_steps_left][: self._num_replicas]
             group = [] if done else self._next_group(max_batch_size)
             begun = [item for item in group if item.request_id in self._waiting]
             for item in begun:
@@ -197,9 +201,7 @@ class Scheduler:
         num_rows = limit = 0
         may_begin = True
         for item in ranked:
-            if leader is not None and (item.shape != leader.shape or not item.can_share or not leader.can_share):
-                continue
-            if leader is not None and num_rows + item.num_rows > limit:
+            if leader is not None and (item.shape != leader.shape or num_rows + item.num_rows > limit):
                 continue
             if item.request_id in self._waiting:
                 # One that cannot begin keeps those behind it from beginning, so that its turn comes.
@@ -218,24 +220,30 @@ class Scheduler:
         return len(running) < self._max_num_seqs and self._budget.fits(running, item)
 
     def _rows_together(self, leader: ScheduledRequest, ranked: list[ScheduledRequest], max_batch_size: int) -> int:
+        """Most rows of a round, of all replicas together."""
         if not leader.can_share:
-            return leader.num_rows
-        there = sum(item.num_rows for item in ranked if item.shape == leader.shape and item.can_share)
-        most = max(leader.num_rows, min(there, max_batch_size))
+            return self._num_replicas * leader.num_rows
+        there = sum(item.num_rows for item in ranked if item.shape == leader.shape)
+        most = max(leader.num_rows, min(-(-there // self._num_replicas), max_batch_size))
         best = most
         if self._measured_batches:
             best = self._costs.best_rows(leader.shape, leader.volume, leader.num_rows, most)
-        return self._budget.rows_that_fit(self._running.values(), leader, best)
+        return self._num_replicas * self._budget.rows_that_fit(self._running.values(), leader, best)
+
+    def _rows_each(self, group: list[ScheduledRequest]) -> int:
+        """Rows of the replica that has the most of a round, where they are spread evenly."""
+        counts = [item.num_rows for item in group]
+        return max(*counts, -(-sum(counts) // self._num_replicas))
 
     def _should_measure(self, group: list[ScheduledRequest], done: list[str]) -> bool:
         """Measuring costs a little, so each kind of work is measured a few times."""
         if group:
-            return self._costs.is_new(group[0].shape, sum(item.num_rows for item in group))
+            return self._costs.is_new(group[0].shape, self._rows_each(group))
         return any(not self._budget.is_measured("decode", output_volume(self._running[key])) for key in done)
 
     def _account(self, group: list[ScheduledRequest], seconds: float) -> None:
         num_rows = sum(item.num_rows for item in group)
-        self._costs.observe(group[0].shape, group[0].volume, num_rows, seconds)
+        self._costs.observe(group[0].shape, group[0].volume, self._rows_each(group), seconds)
         for item in group:
             item.served_s += seconds
             if item.client:
@@ -249,8 +257,8 @@ class Scheduler:
         for request_id, num_bytes in memory.state_bytes.items():
             self._budget.observe("state", output_volume(taking_part[request_id]), num_bytes)
         if command.step:
-            volume = sum(taking_part[key].volume * taking_part[key].num_rows for key in command.step)
-            self._budget.observe("step", volume, memory.peak_bytes)
+            group = [taking_part[key] for key in command.step]
+            self._budget.observe("step", group[0].volume * self._rows_each(group), memory.peak_bytes)
         for key in command.decode:
             self._budget.observe("decode", output_volume(taking_part[key]), memory.peak_bytes)
         self._budget.observe_free(memory.free_bytes, self._running.values())
