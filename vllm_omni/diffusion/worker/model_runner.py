@@ -13,7 +13,7 @@ from torch import nn
 
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache import apply_cache, check_cache
-from vllm_omni.diffusion.compile import apply_compile, check_compile
+from vllm_omni.diffusion.compile import apply_compile
 from vllm_omni.diffusion.cuda_graph import apply_cuda_graphs
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.denoise import DenoiseState, denoise_step
@@ -21,12 +21,10 @@ from vllm_omni.diffusion.distributed.collectives import all_reduce_sum
 from vllm_omni.diffusion.distributed.groups import current_groups
 from vllm_omni.diffusion.distributed.rank_status import waiting_for, working_alone
 from vllm_omni.diffusion.distributed.sequence_hooks import apply_sequence_plans
-from vllm_omni.diffusion.distributed.sequence_plan import check_sequence_plans
 from vllm_omni.diffusion.distributed.vae_parallel import share_tiles
 from vllm_omni.diffusion.distributed.weight_sharding import shard_weights
 from vllm_omni.diffusion.encoders.prompt_cache import PromptEmbedCache
 from vllm_omni.diffusion.latent_preview import LatentPreview, decoded_preview
-from vllm_omni.diffusion.layers.rope import QKNormRope
 from vllm_omni.diffusion.model_loader.components import fill_with_random_weights
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader, LoadProgress
 from vllm_omni.diffusion.modulations import prepare_modulations
@@ -35,6 +33,7 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.step_plan import StepPlan
 from vllm_omni.diffusion.worker.messages import MemoryUse, StageTimes, WorkerCommand, WorkerOutput, WorkerResult
 from vllm_omni.diffusion.worker.out_of_memory import explained
+from vllm_omni.diffusion.worker.pipeline_checks import check_pipeline
 from vllm_omni.errors import FeatureNotAvailableError, NonFiniteOutputError
 from vllm_omni.outputs import StepCacheUse
 from vllm_omni.platforms import get_platform
@@ -80,7 +79,7 @@ class ModelRunner:
         # Ranks that share tiles decode together.
         self._decodes = decodes or self._groups.world.rank < max(1, self._groups.vae.size)
         self.pipeline: Any = DiffusersPipelineLoader(od_config, on_load_progress).load_model(
-            pipeline_class, self._check_pipeline
+            pipeline_class, lambda pipeline: check_pipeline(pipeline, od_config, self._groups)
         )
         self._compiled_blocks = apply_compile(self.pipeline, od_config)
         self._graphed_blocks = apply_cuda_graphs(self.pipeline, od_config)
@@ -103,17 +102,6 @@ class ModelRunner:
         self._steps_ahead: deque[Callable[[], None]] = deque()
         self._step_s = 0.0  # of the last step, as long as one follows the other
         self._waited_at = 0.0  # time.perf_counter() when the device was last waited for
-
-    def _check_pipeline(self, pipeline: nn.Module) -> None:
-        """Refuse what the pipeline cannot do, before its weights are read."""
-        check_compile(pipeline, self._config)
-        if self._config.attention_dtype is not None and not any(isinstance(m, QKNormRope) for m in pipeline.modules()):
-            raise FeatureNotAvailableError(
-                f"attention_dtype={self._config.attention_dtype!r}: {type(pipeline).__name__} has no attention that"
-                " normalises and rotates query and key by QKNormRope; leave the option out"
-            )
-        if self._groups.sequence.size > 1:
-            check_sequence_plans(pipeline)
 
     def execute(self, command: WorkerCommand) -> WorkerResult:
         """Carry out one command."""
