@@ -55,7 +55,7 @@ def start(args: argparse.Namespace) -> dict[str, Any]:
     with Omni(
         model,
         enforce_eager=args.eager,
-        compile_cache_dir=str(args.scratch / "compiled"),
+        compile_cache_dir=None if args.eager else str(args.scratch / "compiled"),
         show_progress=False,
         **options,
     ) as omni:

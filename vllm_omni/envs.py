@@ -20,6 +20,11 @@ def uses_peer_memory() -> bool:
     return os.environ.get("VLLM_OMNI_PEER_MEMORY") != "0"
 
 
+def torchrun_ranks() -> int | None:
+    """``LOCAL_WORLD_SIZE`` where ``torchrun`` started this process: the ranks on this machine. Else None."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
 def api_key() -> str | None:
     """``VLLM_OMNI_API_KEY``: the key that clients of a server must send; the option wins over it."""
     return os.environ.get("VLLM_OMNI_API_KEY") or None

@@ -71,6 +71,19 @@ def test_a_value_that_is_not_allowed_is_refused_by_name(qwen_folder, option, val
     assert caught.value.option == option
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "needed"),
+    [
+        ("compile_cache_dir", "compiled", "enforce_eager=False"),
+        ("prompt_embed_cache_size", 3, "enable_prompt_embed_cache=True"),
+    ],
+)
+def test_an_option_that_another_one_leaves_without_effect_is_refused(qwen_folder, option, value, needed):
+    with pytest.raises(InvalidConfigError, match=f"{option}={value!r} has no effect without {needed}") as caught:
+        Omni(str(qwen_folder), **{option: value})
+    assert caught.value.option == option
+
+
 @pytest.mark.parametrize("backend", ["FLASH_ATTN", "CUDNN_ATTN"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="these backends run on a GPU")
 def test_an_attention_backend_that_cannot_run_is_an_error_and_no_fallback(qwen_folder, monkeypatch, backend):

@@ -8,6 +8,8 @@ import torch
 from vllm_omni import Omni
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.distributed.groups import ParallelGroups, RankGroup, TensorParallelRank, parallel_groups
+from vllm_omni.diffusion.distributed.layout import check_layout
+from vllm_omni.diffusion.engine.configure import configure
 from vllm_omni.errors import FeatureNotAvailableError, InvalidConfigError
 
 
@@ -73,6 +75,39 @@ def test_more_ranks_than_gpus_are_refused_with_their_number(qwen_folder, monkeyp
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(InvalidConfigError, match=r"ulysses_degree=2 x tensor_parallel_size=2 needs 4 GPUs, .* has 2"):
         Omni(str(qwen_folder), device="cuda", dtype="float32", ulysses_degree=2, tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheduling_policy": "shortest"}, "scheduling_policy='shortest' goes by times"),
+        ({"distributed_executor_backend": "ray"}, "torchrun has started the ranks"),
+    ],
+)
+def test_what_processes_of_torchrun_could_not_agree_on_is_refused(qwen_folder, monkeypatch, options, message):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InvalidConfigError, match=message) as caught:
+        Omni(str(qwen_folder), device="cpu", cfg_parallel_size=2, **options)
+    assert caught.value.option in options
+
+
+def test_of_ranks_of_torchrun_those_of_this_machine_must_find_room_on_it(qwen_folder, monkeypatch):
+    config = configure(str(qwen_folder), {"device": "cpu", "cfg_parallel_size": 1000})
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert check_layout(config).world_size == 1000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    with pytest.raises(InvalidConfigError, match="makes 1000 ranks"):
+        check_layout(config)
+
+
+def test_ray_chooses_the_gpus(monkeypatch, qwen_folder):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InvalidConfigError, match=r"device='cuda:1' with .*Ray chooses the GPU") as caught:
+        Omni(str(qwen_folder), device="cuda:1", dtype="float32", distributed_executor_backend="ray")
+    assert caught.value.option == "device"
 
 
 def test_a_ring_takes_no_causal_attention():

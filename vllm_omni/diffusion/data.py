@@ -150,7 +150,11 @@ class OmniDiffusionConfig:
         None, "fp8: the transformer's large linear layers in 8 bits, weights and activations", choices=("fp8",)
     )
     enable_prompt_embed_cache: bool = _option(False, "keep the embeddings of prompts and reuse them for equal ones")
-    prompt_embed_cache_size: int = _option(64, "most prompts whose embeddings are kept; the least recently used go")
+    prompt_embed_cache_size: int = _option(
+        64,
+        "most prompts whose embeddings are kept; the least recently used go",
+        needs=("enable_prompt_embed_cache", True),
+    )
     parallel_config: DiffusionParallelConfig = field(default_factory=DiffusionParallelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -159,7 +163,13 @@ class OmniDiffusionConfig:
     def __post_init__(self) -> None:
         for part in (self, self.parallel_config, self.cache, self.memory, self.start):
             for option in _plain_fields(type(part)):
-                _check_option(option, getattr(part, option.name))
+                value, (other, needed) = getattr(part, option.name), option.metadata.get("needs", (None, None))
+                _check_option(option, value)
+                if other is not None and value != option.default and getattr(self, other) != needed:
+                    raise InvalidConfigError(
+                        f"{option.name}={value!r} has no effect without {other}={needed}; set it, or leave this out",
+                        option=option.name,
+                    )
         budget = self.memory_budget_mb
         if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
             raise InvalidConfigError(

@@ -7,7 +7,11 @@ from typing import Any
 
 
 def option(default: Any, help_text: str, **extra: Any) -> Any:
-    """A field of a dataclass of options. ``extra``: ``choices``, or ``parse``, which reads the text of a command."""
+    """A field of a dataclass of options.
+
+    ``extra``: ``choices``; ``parse``, which reads the text of a command; ``needs``, another option and the value that
+    it must have for this one to have an effect.
+    """
     return field(default=default, metadata={"help": help_text, **extra})
 
 

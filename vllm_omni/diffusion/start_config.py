@@ -31,6 +31,7 @@ class StartConfig:
     compile_cache_dir: str | None = option(
         None,
         "folder that keeps compiled code for later starts; absent: TORCHINDUCTOR_CACHE_DIR, else a temporary folder",
+        needs=("enforce_eager", False),
     )
 
     def __post_init__(self) -> None:

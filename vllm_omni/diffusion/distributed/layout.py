@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 
+from vllm_omni import envs
 from vllm_omni.diffusion.data import DiffusionParallelConfig, OmniDiffusionConfig
 from vllm_omni.errors import FeatureNotAvailableError, InvalidConfigError
 
@@ -80,6 +81,7 @@ def check_layout(od_config: OmniDiffusionConfig) -> ParallelLayout:
     config = od_config.parallel_config
     layout = ParallelLayout.from_config(config)
     _check_combination(od_config, layout)
+    _check_launcher(od_config, layout)
     _check_heads(od_config, layout)
     _check_devices(od_config, layout)
     return layout
@@ -141,6 +143,31 @@ def _check_combination(od_config: OmniDiffusionConfig, layout: ParallelLayout) -
             )
 
 
+def _check_launcher(od_config: OmniDiffusionConfig, layout: ParallelLayout) -> None:
+    """What starts the ranks: this engine, Ray or torchrun."""
+    uses_ray = od_config.parallel_config.distributed_executor_backend == "ray"
+    if uses_ray and od_config.torch_device.index:
+        raise InvalidConfigError(
+            f"device={od_config.device!r} with distributed_executor_backend='ray': Ray chooses the GPU of each rank;"
+            " use device='cuda'",
+            option="device",
+        )
+    if envs.torchrun_ranks() is None or layout.world_size * layout.data == 1:
+        return
+    if uses_ray:
+        raise InvalidConfigError(
+            "distributed_executor_backend='ray': torchrun has started the ranks; leave it out, or start the script"
+            " without torchrun",
+            option="distributed_executor_backend",
+        )
+    if od_config.scheduling_policy not in (None, "fcfs"):
+        raise InvalidConfigError(
+            f"scheduling_policy={od_config.scheduling_policy!r} goes by times, which differ between the processes of"
+            " torchrun; use 'fcfs'",
+            option="scheduling_policy",
+        )
+
+
 def _check_heads(od_config: OmniDiffusionConfig, layout: ParallelLayout) -> None:
     """The model's layers check what they split themselves; its heads can be known before it is built."""
     if max(layout.tp, layout.ulysses) == 1:
@@ -168,6 +195,7 @@ def _check_devices(od_config: OmniDiffusionConfig, layout: ParallelLayout) -> No
     needed = layout.world_size * layout.data
     if needed == 1 or od_config.parallel_config.distributed_executor_backend == "ray":
         return  # a cluster says itself whether it has room
+    needed = envs.torchrun_ranks() or needed  # those of this machine
     if device.type == "cuda":
         usable = torch.cuda.device_count() - (device.index or 0)
         shortage = f"needs {needed} GPUs, this machine has {usable} from {device} on"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from vllm_omni import envs
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
 from vllm_omni.diffusion.distributed.layout import ParallelLayout, check_layout
 from vllm_omni.diffusion.engine.mp_executor import MultiprocessExecutor
 from vllm_omni.diffusion.engine.replicas import ReplicatedExecutor
-from vllm_omni.diffusion.engine.torchrun_executor import TorchrunExecutor, started_by_torchrun
+from vllm_omni.diffusion.engine.torchrun_executor import TorchrunExecutor
 from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
 from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerResult
@@ -68,7 +69,7 @@ def make_executor(od_config: OmniDiffusionConfig, on_load_progress: LoadProgress
 
 def runs_in_torchrun(layout: ParallelLayout) -> bool:
     """Whether this process is one of the ranks, and not the one that starts them."""
-    return layout.world_size * layout.data > 1 and started_by_torchrun()
+    return layout.world_size * layout.data > 1 and envs.torchrun_ranks() is not None
 
 
 def _check_pipeline(od_config: OmniDiffusionConfig, layout: ParallelLayout) -> None:

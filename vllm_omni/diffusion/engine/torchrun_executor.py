@@ -17,11 +17,6 @@ from vllm_omni.diffusion.worker.worker import Worker
 from vllm_omni.errors import InvalidConfigError
 
 
-def started_by_torchrun() -> bool:
-    """Whether this process is one of those that ``torchrun`` starts."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 class TorchrunExecutor:
     """This process's rank. All processes must ask for the same generations in the same order.
 
@@ -66,8 +61,11 @@ class TorchrunExecutor:
         result.errors = {self._ids[key]: error for key, error in result.errors.items()}
         result.previews = {self._ids[key]: preview for key, preview in result.previews.items()}
         if result.memory is not None:
-            state_bytes = {self._ids[key]: num_bytes for key, num_bytes in result.memory.state_bytes.items()}
-            result.memory = replace(result.memory, state_bytes=state_bytes)
+            # What fits is decided by every rank: all go by the memory of the first.
+            measured = [result.memory]
+            dist.broadcast_object_list(measured, src=0, device=torch.device("cpu"))
+            state_bytes = {self._ids[key]: num_bytes for key, num_bytes in measured[0].state_bytes.items()}
+            result.memory = replace(measured[0], state_bytes=state_bytes)
         for key in gone:
             self._ids.pop(key, None)
         return result
