@@ -139,6 +139,18 @@ def test_a_batch_may_be_as_large_as_it_may_be_on_each_replica(clock):
     assert device.finished_at["r0"] == device.finished_at["r1"]
 
 
+def test_memory_that_ranks_write_to_each_other_counts_for_larger_steps_and_stays_for_all():
+    budget = MemoryBudget()
+    small, large = request("small", side=512), request("large", side=1024)
+    for kind, num_bytes in (("state", 0), ("step", 10 * MB), ("decode", 10 * MB), ("peers", 50 * MB)):
+        budget.observe(kind, small.volume, num_bytes)
+    budget.observe_free(200 * MB, [])  # 180 are used
+    assert budget.shortage(small) is None
+    assert budget.shortage(large) == (4 * (10 + 50) * MB, 180 * MB)
+    budget.observe("peers", large.volume, 175 * MB)
+    assert budget.shortage(small) == ((10 + 175) * MB, 180 * MB)
+
+
 def test_replicas_share_the_time_that_is_left_but_one_request_takes_its_own(clock):
     device = replicas_make(clock, 2)
     device.add(*(request(f"r{i}", side=1024, steps=10) for i in range(4)))

@@ -14,9 +14,9 @@ from benchmarks.rank_pool import RankPool
 from tests.parallel.toy_transformer import FileBuffer, FileMemory, with_peers
 from vllm_omni.diffusion.attention.exchange import heads_for_tokens, tokens_for_heads
 from vllm_omni.diffusion.attention.sequence_parallel import _pass_on, _pass_to_peer
-from vllm_omni.diffusion.distributed.groups import build_groups
+from vllm_omni.diffusion.distributed.groups import ParallelGroups, RankGroup, TensorParallelRank, build_groups
 from vllm_omni.diffusion.distributed.layout import ParallelLayout
-from vllm_omni.diffusion.distributed.peer_memory import carries, exchange_sequence
+from vllm_omni.diffusion.distributed.peer_memory import PeerMemory, carries, exchange_sequence
 from vllm_omni.diffusion.distributed.sequence_parallel import shard_lengths
 from vllm_omni.diffusion.layers.linear import RowParallelLinear, both_summed
 from vllm_omni.diffusion.layers.peer_sums import sum_over_peers_op, summed_linear_op, summed_linears_op
@@ -34,6 +34,14 @@ LARGE = [
     (2, 77, (1023, 1022), 5, 5, 64, torch.float32),
     (1, 128, (8192, 8191), 24, 8, 128, torch.bfloat16),
 ]
+
+
+def test_a_rank_tells_of_all_memory_that_others_write_to():
+    memory = object.__new__(PeerMemory)
+    memory._buffers = {"sums": [mock.Mock(num_bytes=1), mock.Mock(num_bytes=2)], "tokens": [mock.Mock(num_bytes=4)]}
+    assert ParallelGroups(tp=TensorParallelRank(0, 2, peers=memory)).peer_bytes == 7
+    assert ParallelGroups(ring=RankGroup(0, 2, peers=memory), ulysses=RankGroup(0, 2, peers=memory)).peer_bytes == 14
+    assert ParallelGroups().peer_bytes == 0
 
 
 def inputs_of(shape, seed, device):

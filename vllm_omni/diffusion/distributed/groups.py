@@ -78,10 +78,19 @@ class ParallelGroups:
     world_mesh: DeviceMesh | None = field(default=None, repr=False, compare=False)
     weights_mesh: DeviceMesh | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def peers(self) -> list[PeerMemory]:
+        """The memories of this rank that others write to."""
+        return [group.peers for group in (self.ring, self.ulysses, self.tp) if group.peers is not None]
+
+    @property
+    def peer_bytes(self) -> int:
+        """Their size."""
+        return sum(memory.num_bytes for memory in self.peers)
+
     def describe(self) -> tuple[str, ...]:
         """Whether some ranks exchange without NCCL, for the receipt."""
-        uses_peers = any(group.peers is not None for group in (self.ring, self.ulysses, self.tp))
-        return ("memory of peers",) if uses_peers else ()
+        return ("memory of peers",) if self.peers else ()
 
 
 NO_GROUPS = ParallelGroups()

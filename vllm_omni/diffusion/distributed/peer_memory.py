@@ -81,6 +81,11 @@ class PeerMemory:
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         _by_group[str(process_group.group_name)] = self
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all buffers on this rank. They do not lie in what torch's allocator hands out and counts."""
+        return sum(buffer.num_bytes for buffers in self._buffers.values() for buffer in buffers)
+
     def buffer(self, name: str, num_bytes: int) -> PeerBuffer:
         """One of at least ``num_bytes``. While a CUDA graph is captured, it must exist."""
         buffers = self._buffers.setdefault(name, [])

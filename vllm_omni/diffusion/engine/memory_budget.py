@@ -1,7 +1,8 @@
 """How much memory requests need, learned from those that ran, so that none is begun that would not fit.
 
 A request holds its state from its first step to its last. On top of all states comes what one piece of work needs while
-it lasts: a step of a batch, or a decoding. Both grow with the number of pixels.
+it lasts: a step of a batch, or a decoding. Both grow with the number of pixels. So does the memory that ranks write to
+each other in a step; it is kept for later ones.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Literal
 
 from vllm_omni.diffusion.engine.policies import ScheduledRequest
 
-Kind = Literal["state", "step", "decode"]
+Kind = Literal["state", "step", "decode", "peers"]
 
 # Allocators keep pieces that fit nothing, so not all that is free can be used.
 _USABLE = 0.9
@@ -30,7 +31,7 @@ class MemoryBudget:
         self._limit = limit_bytes
         self._is_cautious = is_cautious
         self._capacity: float | None = limit_bytes
-        self._measured: dict[Kind, dict[int, int]] = {"state": {}, "step": {}, "decode": {}}
+        self._measured: dict[Kind, dict[int, int]] = {"state": {}, "step": {}, "decode": {}, "peers": {}}
         self._num_measured = Counter[tuple[Kind, int]]()
 
     def observe(self, kind: Kind, volume: int, num_bytes: int) -> None:
@@ -42,7 +43,7 @@ class MemoryBudget:
         self._num_measured[kind, volume] += 1
 
     def observe_free(self, free_bytes: int, running: Iterable[ScheduledRequest]) -> None:
-        """The device has ``free_bytes`` left beside the states of the ``running`` requests."""
+        """The device has ``free_bytes`` left beside the states of the ``running`` requests, that of peers included."""
         if self._limit is None:
             self._capacity = _USABLE * (free_bytes + self._states(running))
 
@@ -70,7 +71,7 @@ class MemoryBudget:
         """At most ``num_rows``, and at least those of ``leader``, so that a step of so many rows fits."""
         if self._capacity is not None:
             left = self._capacity - self._states(running)
-            while num_rows > leader.num_rows and self._estimate("step", leader.volume * num_rows) > left:
+            while num_rows > leader.num_rows and self._step(leader.volume * num_rows) > left:
                 num_rows = max(leader.num_rows, num_rows // 2)
         return num_rows
 
@@ -92,7 +93,14 @@ class MemoryBudget:
 
     def _work(self, item: ScheduledRequest, share: float = 1.0) -> float:
         step, decode = share * item.volume * item.num_rows, share * output_volume(item)
-        return max(self._estimate("step", step), self._estimate("decode", decode))
+        return max(self._step(step), self._estimate("decode", decode) + self._held_for_peers)
+
+    def _step(self, volume: float) -> float:
+        return self._estimate("step", volume) + max(self._held_for_peers, self._estimate("peers", volume))
+
+    @property
+    def _held_for_peers(self) -> int:
+        return max(self._measured["peers"].values(), default=0)
 
     def _estimate(self, kind: Kind, volume: float) -> float:
         """In proportion to the nearest measured volume, and never less than a smaller one took."""

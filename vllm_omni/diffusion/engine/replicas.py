@@ -103,5 +103,6 @@ def _merged(results: Sequence[WorkerResult]) -> WorkerResult:
             peak_bytes=max(memory.peak_bytes for memory in measured),
             state_bytes={key: value for memory in measured for key, value in memory.state_bytes.items()},
             free_bytes=min(memory.free_bytes for memory in measured),
+            peer_bytes=max(memory.peer_bytes for memory in measured),
         )
     return merged

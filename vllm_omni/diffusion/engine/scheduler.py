@@ -258,10 +258,12 @@ class Scheduler:
             self._budget.observe("state", output_volume(taking_part[request_id]), num_bytes)
         if command.step:
             group = [taking_part[key] for key in command.step]
-            self._budget.observe("step", group[0].volume * self._rows_each(group), memory.peak_bytes)
+            volume = group[0].volume * self._rows_each(group)
+            self._budget.observe("step", volume, memory.peak_bytes)
+            self._budget.observe("peers", volume, memory.peer_bytes)
         for key in command.decode:
             self._budget.observe("decode", output_volume(taking_part[key]), memory.peak_bytes)
-        self._budget.observe_free(memory.free_bytes, self._running.values())
+        self._budget.observe_free(memory.free_bytes + memory.peer_bytes, self._running.values())
 
     def _take_aborted(self) -> tuple[list[ScheduledRequest], list[str]]:
         """Aborted requests, and the ids of those that workers may hold a state of."""

@@ -58,6 +58,7 @@ class MemoryUse:
     peak_bytes: int  # most that was held above what was held before
     state_bytes: dict[str, int]  # of the requests of the round, by id
     free_bytes: int  # after it
+    peer_bytes: int = 0  # held for what ranks write to each other, beside the peak
 
 
 @dataclass(kw_only=True)

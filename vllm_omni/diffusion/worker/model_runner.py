@@ -185,6 +185,7 @@ class ModelRunner:
             peak_bytes=peak(),
             state_bytes={key: item.state.num_bytes for key, item in running.items() if item.state is not None},
             free_bytes=self._platform.free_memory(),
+            peer_bytes=self._groups.peer_bytes,
         )
 
     def _show(self, previous: dict[str, torch.Tensor | None], result: WorkerResult) -> None:
@@ -228,7 +229,7 @@ class ModelRunner:
         result.finished[request_id] = WorkerOutput(
             output=output,
             times=running.times,
-            peak_memory_bytes=self._platform.peak_memory(),
+            peak_memory_bytes=self._platform.peak_memory() + self._groups.peer_bytes,
             step_cache=step_cache,
         )
 
