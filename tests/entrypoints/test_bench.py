@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
 from vllm_omni.entrypoints.cli import bench
 from vllm_omni.entrypoints.cli.main import main
 
@@ -59,8 +60,13 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(tmp_p
         (["--size", "33"], "height=33 must be a multiple of"),
     ],
 )
-def test_bad_input_is_one_line_that_names_it(qwen_folder, capsys, arguments, message):
-    assert main(["bench", "latency", "--model", str(qwen_folder), *arguments]) == 2
+@pytest.mark.parametrize("command", [["bench", "latency"], ["generate", "a cat"]])
+def test_bad_input_is_one_line_that_names_it_before_anything_loads(
+    qwen_folder, tmp_path, capsys, monkeypatch, command, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(DiffusersPipelineLoader, "load_model", None)
+    assert main([*command, "--model", str(qwen_folder), *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err

@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests import tiny_wan
 from vllm_omni.diffusion import registry
+from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
 from vllm_omni.entrypoints.cli import compare
 from vllm_omni.entrypoints.cli.compare_engines import Call, check_parameters, diffusers_arguments
 from vllm_omni.entrypoints.cli.compare_measure import _measure_alone
@@ -138,9 +139,10 @@ def test_the_memory_of_ranks_in_other_processes_counts():
 
 @pytest.mark.slow
 def test_an_error_in_a_process_of_its_own_is_one_line(qwen_folder, tmp_path, capsys):
-    command = ["compare", str(qwen_folder), "--isolate", "--size", "33x32", "--output-dir", str(tmp_path)]
+    # The length of a text is known to the tokenizer alone.
+    command = ["compare", str(qwen_folder), "--isolate", "--max-sequence-length", "1", "--output-dir", str(tmp_path)]
     assert main(command) == 2
-    assert "width=33 must be a multiple of" in capsys.readouterr().err
+    assert "max_sequence_length" in capsys.readouterr().err
 
 
 def edited_index(folder, **values):
@@ -178,10 +180,14 @@ def test_a_model_that_diffusers_cannot_load_is_one_error_with_its_reason(qwen_fo
         (["--load-format", "dummy"], "load_format='dummy': two engines have the same weights only if"),
         (["--reference-attention", "nativ"], "no attention backend of diffusers; did you mean 'native'?"),
         (["--image", "nowhere.png"], "--image nowhere.png cannot be read"),
+        (["--size", "33x32"], "width=33 must be a multiple of"),
+        (["--n", "300"], "num_outputs_per_prompt=300 must lie between 1 and 256"),
+        (["--true-cfg-scale", "4"], "true_cfg_scale=4.0 needs a negative prompt"),
         (["--image", __file__], "image: diffusers' QwenImagePipeline has no such parameter"),
     ],
 )
-def test_bad_input_is_refused_before_anything_loads(qwen_folder, tmp_path, capsys, arguments, message):
+def test_bad_input_is_refused_before_anything_loads(qwen_folder, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(DiffusersPipelineLoader, "load_model", None)
     assert main(["compare", str(qwen_folder), *arguments, "--output-dir", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
 
@@ -199,6 +205,19 @@ def test_the_options_of_this_engine_are_in_the_reports(qwen_folder, tmp_path):
     kept = {"cache_backend": "tea_cache", "cache_config": {"rel_l1_thresh": 0.3}}
     assert json.loads((tmp_path / "results.json").read_text())["options"] == kept
     assert "| cache_config | {'rel_l1_thresh': 0.3} |" in (tmp_path / "report.md").read_text()
+
+
+def test_a_revision_chooses_the_folder_and_nothing_else(qwen_folder, tmp_path, monkeypatch):
+    found = []
+
+    def resolve(model, revision, *, weights=True):
+        found.append((model, revision))
+        return qwen_folder
+
+    monkeypatch.setattr("vllm_omni.diffusion.engine.configure.resolve_model_folder", resolve)
+    once = ["--num-trials", "1", "--num-warmup", "0", "--output-dir", str(tmp_path)]
+    assert main(["compare", "some/model", "--revision", "v1", "--size", "48x32", "--steps", "2", *once]) == 0
+    assert set(found) == {("some/model", "v1"), (str(qwen_folder), None)}
 
 
 @pytest.mark.parametrize("arguments", [["--num-trials", "0"], ["--against", "others"], ["--num-warmup", "x"]])

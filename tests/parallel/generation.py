@@ -16,7 +16,6 @@ from vllm_omni.diffusion.distributed.groups import NO_GROUPS, ParallelGroups, bu
 from vllm_omni.diffusion.distributed.layout import ParallelLayout, check_layout, rank_config_device
 from vllm_omni.diffusion.engine.admission import admit
 from vllm_omni.diffusion.engine.configure import configure
-from vllm_omni.diffusion.engine.engine import _built
 from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerOutput
 from vllm_omni.diffusion.worker.worker import Worker
@@ -49,7 +48,8 @@ def _generate(
         config = replace(config, device=rank_config_device(config.torch_device, dist.get_rank()))
     worker = Worker(config, groups=groups)
     model = resolve_diffusion_model(config.model_class_name)
-    spec, pre_process = model.request_spec(config), _built(model.get_pre_process_func, config)
+    make_pre_process = model.get_pre_process_func
+    spec, pre_process = model.request_spec(config), None if make_pre_process is None else make_pre_process(config)
     requests = [
         admit(prompt, OmniDiffusionSamplingParams(**values), spec, {}, pre_process)
         for prompt, values in zip(prompts, params, strict=True)

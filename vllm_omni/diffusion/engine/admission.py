@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig, RequestSpec, SameAs, read_json
+from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.diffusion.request import OmniDiffusionRequest, new_request_id
 from vllm_omni.errors import InvalidModelFolderError, InvalidRequestError
 from vllm_omni.inputs.data import (
@@ -37,6 +38,21 @@ _MODEL_PARAMETERS = (
     "num_frames",
     "fps",
 )
+
+
+class Door:
+    """What requests one model takes, known from its configuration files: before its weights are read."""
+
+    def __init__(self, od_config: OmniDiffusionConfig) -> None:
+        model = resolve_diffusion_model(od_config.model_class_name)
+        self.spec = model.request_spec(od_config)
+        self.checkpoint_defaults = read_sampling_defaults(od_config)
+        make_pre_process = model.get_pre_process_func
+        self._pre_process = None if make_pre_process is None else make_pre_process(od_config)
+
+    def admit(self, prompt: Any, params: OmniDiffusionSamplingParams) -> OmniDiffusionRequest:
+        """A request with all defaults resolved, pre-processed. Raises ``InvalidRequestError``."""
+        return admit(prompt, params, self.spec, self.checkpoint_defaults, self._pre_process)
 
 
 def read_sampling_defaults(od_config: OmniDiffusionConfig) -> dict[str, Any]:

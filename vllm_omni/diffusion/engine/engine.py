@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vllm_omni.diffusion.data import TASKS, OmniDiffusionConfig, RequestSpec, SameAs
-from vllm_omni.diffusion.engine.admission import admit, read_sampling_defaults
+from vllm_omni.diffusion.engine.admission import Door
 from vllm_omni.diffusion.engine.executor import Executor, make_executor
 from vllm_omni.diffusion.engine.memory_budget import MemoryBudget
 from vllm_omni.diffusion.engine.results import Results, TrackedRequest
@@ -58,10 +58,11 @@ class Engine:
         self.od_config = od_config
         model = resolve_diffusion_model(od_config.model_class_name)
         self._is_stepped = is_stepped(model.pipeline_class)
-        self._spec = model.request_spec(od_config)
-        self._checkpoint_defaults = read_sampling_defaults(od_config)
-        self._pre_process = _built(model.get_pre_process_func, od_config)
-        self._results = Results(od_config, self._spec, _built(model.get_post_process_func, od_config))
+        self._door = Door(od_config)
+        self._spec = self._door.spec
+        make_post_process = model.get_post_process_func
+        post_process = None if make_post_process is None else make_post_process(od_config)
+        self._results = Results(od_config, self._spec, post_process)
         limit = None if od_config.memory_budget_mb is None else od_config.memory_budget_mb * 2**20
         budget = MemoryBudget(limit, is_cautious=is_online)
         policy = od_config.scheduling_policy or ("shortest" if is_online else "fcfs")
@@ -119,7 +120,7 @@ class Engine:
     def request_defaults(self) -> dict[str, Any]:
         """The parameters that the model takes, with the value of an absent one where it does not follow from others."""
         defaults = {} if self._spec is None else dict(self._spec.defaults)
-        return {k: v for k, v in defaults.items() if not isinstance(v, SameAs)} | self._checkpoint_defaults
+        return {k: v for k, v in defaults.items() if not isinstance(v, SameAs)} | self._door.checkpoint_defaults
 
     def num_frames_of(self, seconds: float, fps: float | None) -> int:
         """The number of frames that the model can make which comes nearest to ``seconds``; ``fps`` None is its own."""
@@ -145,7 +146,7 @@ class Engine:
         """A request with all defaults resolved, pre-processed. Raises ``InvalidRequestError``; queues nothing."""
         if self._executor is None:
             raise EngineClosedError("the engine is closed; create a new one")
-        request = admit(prompt, params, self._spec, self._checkpoint_defaults, self._pre_process)
+        request = self._door.admit(prompt, params)
         self._results.check(request)
         self._check_fits(request)
         return request
@@ -297,7 +298,3 @@ class Engine:
     ) -> OmniRequestOutput:
         tracked = self._tracked.pop(request_id)
         return self._results.output(tracked, reason, finished=finished, error=error)
-
-
-def _built(make_function: Callable[..., Any] | None, od_config: OmniDiffusionConfig) -> Callable[..., Any] | None:
-    return None if make_function is None else make_function(od_config)

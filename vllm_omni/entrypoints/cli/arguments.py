@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.diffusion.data import engine_options
+from vllm_omni.diffusion.engine.admission import Door
+from vllm_omni.diffusion.engine.configure import configure
+from vllm_omni.entrypoints.omni import choose_model
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 
 
 def add_field_arguments(parser: Any, owners: Iterable[tuple[type, dataclasses.Field[Any]]]) -> None:
@@ -68,6 +71,17 @@ def sampling_values(given: dict[str, Any]) -> dict[str, Any]:
 def engine_values(given: dict[str, Any]) -> dict[str, Any]:
     """The engine's options among parsed arguments."""
     return {name: given[name] for name in engine_options() if name in given}
+
+
+def check_request(
+    model: str | None,
+    task: str | None,
+    options: dict[str, Any],
+    prompt: OmniPrompt,
+    params: OmniDiffusionSamplingParams,
+) -> None:
+    """Raises what is wrong with a request, its model and the options before the weights are read."""
+    Door(configure(choose_model(model, task), options, task)).admit(prompt, params)
 
 
 def read_picture(path: Path) -> bytes:

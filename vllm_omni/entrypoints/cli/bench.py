@@ -14,6 +14,7 @@ from vllm_omni.entrypoints.cli import bench_serve
 from vllm_omni.entrypoints.cli.arguments import (
     add_engine_arguments,
     add_sampling_arguments,
+    check_request,
     check_writable,
     count,
     count_or_zero,
@@ -62,10 +63,10 @@ def run(arguments: argparse.Namespace) -> None:
     options = engine_values(vars(arguments))
     params = OmniDiffusionSamplingParams(**{"seed": 0, **sampling_values(vars(arguments))})
     prompt = _prompt(arguments)
+    check_request(arguments.model, None, options, prompt, params)
     started = time.perf_counter()
     with Omni(arguments.model, show_progress=False, **options) as omni:
         load_s = time.perf_counter() - started
-        omni.resolve(prompt, params)
         measured = [_measure(omni, prompt, params, size, arguments) for size in arguments.batch_size]
         config = omni.od_config
     receipt = measured[0][1]

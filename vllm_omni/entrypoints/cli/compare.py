@@ -31,6 +31,7 @@ from vllm_omni.entrypoints.cli.compare_engines import (
     check_parameters,
     check_reference_attention,
     reference_class,
+    resolved_calls,
 )
 from vllm_omni.entrypoints.cli.compare_measure import EngineResult, measure_apart, measure_together
 from vllm_omni.entrypoints.cli.compare_report import html_report, markdown_report, summary_lines, write_pictures
@@ -90,6 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_writable("output-dir", arguments.output_dir / "report.html")
     given = {"seed": 0, **sampling_values(vars(arguments))}
     config = configure(choose_model(arguments.model, None), options)
+    options.pop("revision", None)  # it chose the folder
     workload = Workload(
         model=config.model,
         prompts=tuple(_prompts(arguments)),
@@ -102,8 +104,9 @@ def run(arguments: argparse.Namespace) -> None:
     )
     check_reference_attention(arguments.reference_attention)
     check_parameters(reference_class(config.model_class_name), workload.prompts, given)
+    calls = resolved_calls(config, workload)
     isolated = config.torch_device.type == "cuda" if arguments.isolate is None else arguments.isolate
-    measured, calls = (measure_apart if isolated else measure_together)(config, workload)
+    measured = (measure_apart if isolated else measure_together)(config, workload, calls)
     results = _results(config, workload, measured, calls, isolated)
     _write(arguments.output_dir, results, measured, calls[0].images)
     print("\n".join(summary_lines(results)))

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.engine.admission import Door
 from vllm_omni.diffusion.model_loader.components import no_progress_bar
 from vllm_omni.entrypoints.omni import Omni
 from vllm_omni.errors import ComparisonError, InvalidConfigError, InvalidRequestError, nearest_name
@@ -50,6 +51,25 @@ class Call:
     seeds: tuple[int, ...]
 
 
+def resolved_calls(config: OmniDiffusionConfig, workload: Workload) -> list[Call]:
+    """A call for each prompt, before anything is loaded. Raises ``InvalidRequestError`` for what either cannot do."""
+    door, pipeline_class = Door(config), reference_class(config.model_class_name)
+    calls = []
+    for prompt in workload.prompts:
+        request = door.admit(prompt, workload.params)
+        given: Mapping[str, Any] = request.prompt
+        assert request.seeds is not None, "the command line gives every request a seed"
+        call = Call(
+            texts={key: given[key] for key in ("prompt", "negative_prompt") if key in given},
+            images=tuple(prompt.get("multi_modal_data", {}).get("image", ())),
+            parameters={name: value for name, value in vars(request.sampling_params).items() if value is not None},
+            seeds=tuple(request.seeds),
+        )
+        diffusers_arguments(pipeline_class, call)
+        calls.append(call)
+    return calls
+
+
 class ComparedEngine(Protocol):
     """A loaded model."""
 
@@ -76,10 +96,6 @@ class VllmOmniEngine:
         self.peak_memory_bytes = 0
         self._facts: dict[str, str] = {}
 
-    def resolve(self) -> list[Call]:
-        """The calls with every default filled in. Raises ``InvalidRequestError``."""
-        return [self._call(prompt) for prompt in self._prompts]
-
     def generate(self, index: int) -> list[list[Image.Image]]:
         (output,) = self._omni.generate(self._prompts[index], self._params)
         receipt = output.receipt
@@ -94,19 +110,6 @@ class VllmOmniEngine:
 
     def facts(self) -> dict[str, str]:
         return self._facts
-
-    def _call(self, prompt: OmniPrompt) -> Call:
-        request = self._omni.resolve(prompt, self._params)
-        resolved = request.sampling_params
-        given: Mapping[str, Any] = request.prompt
-        values = {name: value for name, value in vars(resolved).items() if value is not None}
-        assert request.seeds is not None, "the command line gives every request a seed"
-        return Call(
-            texts={key: given[key] for key in ("prompt", "negative_prompt") if key in given},
-            images=tuple(prompt.get("multi_modal_data", {}).get("image", ())),
-            parameters=values,
-            seeds=tuple(request.seeds),
-        )
 
 
 class DiffusersEngine:

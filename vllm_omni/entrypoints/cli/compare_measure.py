@@ -29,28 +29,25 @@ class EngineResult:
     facts: dict[str, str] = field(default_factory=dict)
 
 
-def measure_together(config: OmniDiffusionConfig, workload: Workload) -> tuple[dict[str, EngineResult], list[Call]]:
+def measure_together(config: OmniDiffusionConfig, workload: Workload, calls: Sequence[Call]) -> dict[str, EngineResult]:
     """Both engines in this process, in turns."""
     ours = VllmOmniEngine(workload)
-    calls = ours.resolve()
-    theirs = DiffusersEngine(config, workload, calls)
-    return _measure(config, workload, {"vllm-omni": ours, "diffusers": theirs}), calls
+    return _measure(config, workload, {"vllm-omni": ours, "diffusers": DiffusersEngine(config, workload, calls)})
 
 
-def measure_apart(config: OmniDiffusionConfig, workload: Workload) -> tuple[dict[str, EngineResult], list[Call]]:
+def measure_apart(config: OmniDiffusionConfig, workload: Workload, calls: Sequence[Call]) -> dict[str, EngineResult]:
     """Each engine in a process of its own, one after the other, so that each has the device's memory for itself."""
-    ours, calls = _in_own_process(_measure_ours, config, workload)
-    theirs = _in_own_process(_measure_theirs, config, workload, calls)
-    return {"vllm-omni": ours, "diffusers": theirs}, calls
+    return {
+        "vllm-omni": _in_own_process(_measure_ours, config, workload),
+        "diffusers": _in_own_process(_measure_theirs, config, workload, calls),
+    }
 
 
-def _measure_ours(config: OmniDiffusionConfig, workload: Workload) -> tuple[EngineResult, list[Call]]:
-    engine = VllmOmniEngine(workload)
-    calls = engine.resolve()
-    return _measure_alone(config, workload, engine), calls
+def _measure_ours(config: OmniDiffusionConfig, workload: Workload) -> EngineResult:
+    return _measure_alone(config, workload, VllmOmniEngine(workload))
 
 
-def _measure_theirs(config: OmniDiffusionConfig, workload: Workload, calls: list[Call]) -> EngineResult:
+def _measure_theirs(config: OmniDiffusionConfig, workload: Workload, calls: Sequence[Call]) -> EngineResult:
     return _measure_alone(config, workload, DiffusersEngine(config, workload, calls))
 
 

@@ -12,6 +12,7 @@ from vllm_omni.diffusion.data import TASKS
 from vllm_omni.entrypoints.cli.arguments import (
     add_engine_arguments,
     add_sampling_arguments,
+    check_request,
     check_writable,
     engine_values,
     not_written,
@@ -68,6 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     options = engine_values(given)
     _check_picture(arguments.task, arguments.image)
     prompt = _prompt(arguments)
+    check_request(arguments.model, arguments.task, options, prompt, params)
     started = time.perf_counter()
     with Omni(arguments.model, task=arguments.task, **options) as omni:
         loaded = time.perf_counter()
