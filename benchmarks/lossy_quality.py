@@ -50,6 +50,8 @@ MODES: dict[str, dict[str, Any]] = {
     "exact": {},
     "fp8": FP8,
     "fp8 with attention": FP8_ATTENTION,
+    "tea_cache 0.05": _tea(0.05),
+    "tea_cache 0.07": _tea(0.07),
     "tea_cache 0.1": _tea(0.1),
     "tea_cache 0.15": _tea(0.15),
     "tea_cache 0.2": _tea(0.2),
@@ -60,6 +62,7 @@ MODES: dict[str, dict[str, Any]] = {
     "cache_dit, balanced mask": _mask("balanced"),
     "cache_dit, fast mask": _mask("fast"),
     "cache_dit, fast mask, TaylorSeer": _mask("fast", enable_taylorseer=True),
+    "fp8 with attention, tea_cache 0.05": FP8_ATTENTION | _tea(0.05),
     "fp8 with attention, tea_cache 0.1": FP8_ATTENTION | _tea(0.1),
     "fp8 with attention, cache_dit 0.12": FP8_ATTENTION | _dit(residual_diff_threshold=0.12),
     "fp8 with attention, medium mask": FP8_ATTENTION | _mask("medium"),
@@ -81,6 +84,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-prompts", type=int, default=100, help="per number of objects and sample")
     parser.add_argument("--samples", type=int, nargs="+", default=[0], help="draws of captions and seeds (default: 0)")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--max-batch-size", type=int, default=16, help="rows of a forward (default: 16)")
     parser.add_argument("--emulate-fp8", action="store_true", help="compute FP8 on a CPU as well, slowly")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -134,7 +138,7 @@ def main() -> None:
             )
             for _, seed in drawn
         ]
-        with Omni(args.model, show_progress=False, **MODES[mode]) as omni:
+        with Omni(args.model, show_progress=False, max_batch_size=args.max_batch_size, **MODES[mode]) as omni:
             outputs = omni.generate([{"prompt": text, "negative_prompt": NEGATIVE} for text, _ in drawn], params)
         right = [judge(output.images[0], text).right for output, (text, _) in zip(outputs, drawn, strict=True)]
         figures = _figures(outputs, right, exact)
