@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from tests.entrypoints.test_omni import max_difference
 from vllm_omni import AsyncOmni, Omni, OmniDiffusionSamplingParams
@@ -55,6 +56,19 @@ def test_a_model_without_a_map_is_previewed_by_its_decoder(qwen_folder, monkeypa
     assert second.preview is None
     # After the last step a request has arrived at what it was heading for.
     assert np.abs(third.preview[0].astype(int) - np.asarray(output.images[0]).astype(int)).max() <= 1
+
+
+def test_a_preview_that_fails_ends_no_request(omni, runner, monkeypatch):
+    def decode(state):
+        raise torch.OutOfMemoryError("on purpose")
+
+    async def run():
+        return [event async for event in omni.generate("a cat", params(output_type="latent"), previews={1, 2})]
+
+    monkeypatch.setattr(runner.pipeline, "decode", decode)
+    *steps, output = asyncio.run(run())
+    assert [event.preview for event in steps] == [None] * 3
+    assert output.finished
 
 
 def test_events_are_the_steps_and_then_the_result(omni, qwen_omni):

@@ -106,6 +106,12 @@ def test_pictures_of_a_message_are_edited(tmp_path):
         assert caught.value.param == "mask"
 
 
+def test_the_format_of_pictures_means_nothing_to_a_model_of_videos(video_server):
+    fields = {"messages": messages("a cat"), "output_format": "webp"}
+    status, _, answer = video_server.call("POST", "/v1/chat/completions", fields)
+    assert (status, answer["error"]["param"]) == (400, "output_format")
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

@@ -184,6 +184,31 @@ def test_unfinished_jobs_run_again_in_the_next_server_and_finished_ones_are_ther
             assert wait(second, cut_off, "completed")["receipt"]["num_inference_steps"] == 400
 
 
+def test_a_job_that_runs_again_keeps_its_place(video_server, monkeypatch):
+    placings, add_request = [], video_server.omni.engine.add_request
+
+    def add(request, **placing):
+        placings.append(placing)
+        return add_request(request, **placing)
+
+    executor = video_server.omni.engine._executor
+    execute, failures = executor.execute, iter(range(1))
+
+    def failing(command):
+        if command.step and next(failures, None) is not None:
+            raise RuntimeError("a worker is gone")
+        return execute(command)
+
+    monkeypatch.setattr(video_server.omni.engine, "add_request", add)
+    monkeypatch.setattr(executor, "execute", failing)
+    placed = {"num_inference_steps": 2, "priority": 3, "user": "someone", "deadline_s": 1000.0}
+    wait(video_server, video_server.call("POST", "/v1/videos", LONG | placed)[2]["id"], "completed")
+    first, again = placings
+    assert first == {"priority": 3, "client": "someone", "deadline_s": 1000.0}
+    assert 900 < again.pop("deadline_s") <= 1000
+    assert again == {"priority": 3, "client": "someone"}
+
+
 @pytest.mark.parametrize("num_failures", [1, 3])
 def test_a_job_whose_workers_fail_runs_again_but_not_for_ever(video_server, monkeypatch, num_failures):
     failures = iter(range(num_failures))

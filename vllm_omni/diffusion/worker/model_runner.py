@@ -35,8 +35,11 @@ from vllm_omni.diffusion.worker.messages import MemoryUse, StageTimes, WorkerCom
 from vllm_omni.diffusion.worker.out_of_memory import explained
 from vllm_omni.diffusion.worker.pipeline_checks import check_pipeline
 from vllm_omni.errors import FeatureNotAvailableError, NonFiniteOutputError
+from vllm_omni.logger import init_logger
 from vllm_omni.outputs import StepCacheUse
 from vllm_omni.platforms import get_platform
+
+logger = init_logger(__name__)
 
 # While the device works on a short step the host may queue the next, so that the device is never idle between. Longer
 # ones it waits for: the gap is small beside them, and a request that arrives waits for one step and not for two.
@@ -195,11 +198,17 @@ class ModelRunner:
             if state is None or latents is None or request_id in result.errors:
                 continue
             preview: torch.Tensor | None = None
-            if self._preview is not None:
-                preview = self._preview(state, latents)
-            elif self._decodes:
-                with working_alone():
-                    preview = decoded_preview(self.pipeline.decode, state, latents)
+            try:
+                if self._preview is not None:
+                    preview = self._preview(state, latents)
+                elif self._decodes:
+                    with working_alone():
+                        preview = decoded_preview(self.pipeline.decode, state, latents)
+            except Exception as error:
+                if self._groups.vae.size > 1:
+                    raise  # the others may wait for tiles of this rank
+                logger.warning("%s goes on without a preview: %s", request_id, explained(error))
+                self._platform.empty_cache()
             if preview is not None:
                 result.previews[request_id] = preview.numpy()
 

@@ -81,6 +81,10 @@ async def complete_chat(body: ChatFields, request: Request) -> Response:
         raise ApiError(
             400, f"modalities={body.modalities}: the model makes [{kind!r}]", code="invalid_value", param="modalities"
         )
+    if kind == "video" and "output_format" in body.model_fields_set:
+        raise InvalidRequestError(
+            "output_format is that of pictures; the model makes videos", param="output_format"
+        )
     prompt = await _prompt(server, body)
     try:
         params = body.sampling_params(body.num_outputs)

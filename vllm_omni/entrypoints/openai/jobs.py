@@ -99,7 +99,9 @@ class VideoJobs:
             body = VideoFields.model_validate(job.fields)
             path = None if job.input_file is None else self._server.storage.file(job.input_file)
             picture = None if path is None else await asyncio.to_thread(path.read_bytes)
-            watcher = await self._submit(job, body, picture, client=body.client, priority=body.priority, must_take=True)
+            deadline_s = None if body.deadline_s is None else job.created + body.deadline_s - time.time()
+            placing = {"client": body.client, "priority": body.priority, "deadline_s": deadline_s}
+            watcher = await self._submit(job, body, picture, **placing, must_take=True)
         except Exception as error:
             await self._fail(job, as_api_error(error))
             return
