@@ -6,11 +6,13 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from vllm_omni import Omni
 from vllm_omni.diffusion.data import OmniDiffusionConfig, engine_options
 from vllm_omni.diffusion.engine.configure import configure
 from vllm_omni.diffusion.model_loader import utils
+from vllm_omni.diffusion.model_loader.diffusers_loader import _least_bytes
 from vllm_omni.diffusion.model_loader.weights import iterate_weights
 from vllm_omni.errors import (
     AttentionBackendError,
@@ -246,6 +248,19 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(qwen_folder, m
     monkeypatch.setattr("vllm_omni.platforms.cpu.CpuPlatform.free_memory", lambda self: 1000)
     with pytest.raises(InsufficientMemoryError, match=r"GiB in float32.*GiB free; use a smaller dtype"):
         Omni(str(qwen_folder))
+
+
+def test_files_that_are_not_loaded_and_what_fp8_saves_do_not_count(broken):
+    (weights,) = (broken / "transformer").glob("*.safetensors")
+    tensors = load_file(weights)
+    index = {"weight_map": dict.fromkeys(tensors, weights.name)}
+    (broken / "transformer" / "model.safetensors.index.json").write_text(json.dumps(index))
+    options = {"device": "cpu", "dtype": "bfloat16"}
+    before = _least_bytes(configure(str(broken), dict(options)))
+    shutil.copy(weights, broken / "transformer" / "model.fp16.safetensors")
+    assert _least_bytes(configure(str(broken), dict(options))) == before
+    num_saved = sum(tensor.numel() for tensor in tensors.values() if tensor.dim() == 2)
+    assert _least_bytes(configure(str(broken), {**options, "quantization": "fp8"})) == before - num_saved
 
 
 def test_sampling_defaults_of_a_checkpoint_must_be_sound(broken):

@@ -124,7 +124,7 @@ class DiffusersPipelineLoader:
     def _check_memory(self) -> None:
         """Refuse a model that cannot fit before anything is allocated."""
         config = self.od_config
-        needed = sum(_bytes_in(path, config.torch_dtype) for path in Path(config.model).glob("*/*.safetensors"))
+        needed = _least_bytes(config)
         needed //= max(current_groups().tp.size, current_groups().weights.size)
         free = get_platform(config.torch_device).free_memory()
         if needed > free:
@@ -134,15 +134,32 @@ class DiffusersPipelineLoader:
             )
 
 
-def _bytes_in(path: Path, dtype: torch.dtype) -> int:
-    """Bytes of a safetensors file's tensors once they are in ``dtype``; floats of any width count as such."""
+def _least_bytes(od_config: OmniDiffusionConfig) -> int:
+    """What the weights take at least: which layers FP8 leaves in the model's dtype is known once they are built."""
+    total = 0
+    for folder in {path.parent for path in Path(od_config.model).glob("*/*.safetensors")}:
+        try:
+            files = weight_files(folder)
+        except WeightsError:
+            continue  # loading tells of files that are missing, if it needs them
+        is_quantized = od_config.quantization is not None and folder.name.startswith("transformer")
+        total += sum(_bytes_in(path, od_config.torch_dtype, is_quantized) for path in files)
+    return total
+
+
+def _bytes_in(path: Path, dtype: torch.dtype, is_quantized: bool) -> int:
+    """Bytes of a safetensors file's tensors once they are in ``dtype``; floats of any width count as such.
+
+    Of an ``is_quantized`` model, a number of a matrix takes one byte.
+    """
     total = 0
     try:
         for name, entry in _safetensors_header(path).items():
             if name != "__metadata__":
                 start, stop = entry["data_offsets"]
                 width = _FLOAT_WIDTHS.get(entry["dtype"])
-                total += (stop - start) if width is None else (stop - start) // width * dtype.itemsize
+                own_width = 1 if is_quantized and len(entry["shape"]) == 2 else dtype.itemsize
+                total += (stop - start) if width is None else (stop - start) // width * own_width
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} is damaged: its header is not that of safetensors; download it again") from error
     return total

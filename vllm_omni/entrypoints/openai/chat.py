@@ -82,9 +82,7 @@ async def complete_chat(body: ChatFields, request: Request) -> Response:
             400, f"modalities={body.modalities}: the model makes [{kind!r}]", code="invalid_value", param="modalities"
         )
     if kind == "video" and "output_format" in body.model_fields_set:
-        raise InvalidRequestError(
-            "output_format is that of pictures; the model makes videos", param="output_format"
-        )
+        raise InvalidRequestError("output_format is that of pictures; the model makes videos", param="output_format")
     prompt = await _prompt(server, body)
     try:
         params = body.sampling_params(body.num_outputs)
