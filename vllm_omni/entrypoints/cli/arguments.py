@@ -84,6 +84,17 @@ def check_request(
     Door(configure(choose_model(model, task), options, task)).admit(prompt, params)
 
 
+def prompt_of(arguments: argparse.Namespace) -> OmniPrompt:
+    """The prompt of ``prompt``, ``--negative-prompt`` and ``--image``."""
+    prompt: OmniPrompt = {"prompt": arguments.prompt}
+    if arguments.negative_prompt is not None:
+        prompt["negative_prompt"] = arguments.negative_prompt
+    if arguments.image is not None:
+        # A prompt holds contents and never a path: the command reads the files that its user named.
+        prompt["multi_modal_data"] = {"image": [read_picture(path) for path in arguments.image]}
+    return prompt
+
+
 def read_picture(path: Path) -> bytes:
     """The file of ``--image``. Raises ``InvalidRequestError`` if it cannot be read."""
     try:

@@ -19,7 +19,7 @@ from vllm_omni.entrypoints.cli.arguments import (
     count,
     count_or_zero,
     engine_values,
-    read_picture,
+    prompt_of,
     sampling_values,
 )
 from vllm_omni.entrypoints.omni import Omni
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_writable("output-json", arguments.output_json)
     options = engine_values(vars(arguments))
     params = OmniDiffusionSamplingParams(**{"seed": 0, **sampling_values(vars(arguments))})
-    prompt = _prompt(arguments)
+    prompt = prompt_of(arguments)
     check_request(arguments.model, None, options, prompt, params)
     started = time.perf_counter()
     with Omni(arguments.model, show_progress=False, **options) as omni:
@@ -134,15 +134,6 @@ def _accelerations(rows: Sequence[dict[str, Any]]) -> str:
     if len(set(texts)) == 1:
         return texts[0]
     return "; ".join(f"batch {row['batch_size']}: {text}" for row, text in zip(rows, texts, strict=True))
-
-
-def _prompt(arguments: argparse.Namespace) -> OmniPrompt:
-    prompt: OmniPrompt = {"prompt": arguments.prompt}
-    if arguments.negative_prompt is not None:
-        prompt["negative_prompt"] = arguments.negative_prompt
-    if arguments.image is not None:
-        prompt["multi_modal_data"] = {"image": [read_picture(path) for path in arguments.image]}
-    return prompt
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

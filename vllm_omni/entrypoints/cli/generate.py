@@ -16,12 +16,12 @@ from vllm_omni.entrypoints.cli.arguments import (
     check_writable,
     engine_values,
     not_written,
-    read_picture,
+    prompt_of,
     sampling_values,
 )
 from vllm_omni.entrypoints.omni import SHIPPED_MODELS, Omni
 from vllm_omni.errors import InvalidRequestError
-from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.media import write_video
 from vllm_omni.outputs import OmniRequestOutput
 
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     params = OmniDiffusionSamplingParams(**sampling_values(given))
     options = engine_values(given)
     _check_picture(arguments.task, arguments.image)
-    prompt = _prompt(arguments)
+    prompt = prompt_of(arguments)
     check_request(arguments.model, arguments.task, options, prompt, params)
     started = time.perf_counter()
     with Omni(arguments.model, task=arguments.task, **options) as omni:
@@ -89,16 +89,6 @@ def _check_picture(task: str | None, image: list[Path] | None) -> None:
         return
     advice = "needs a picture; give --image FILE" if TASKS[task] else "takes no picture; leave --image out"
     raise InvalidRequestError(f"--task {task} {advice}", param="image")
-
-
-def _prompt(arguments: argparse.Namespace) -> OmniPrompt:
-    prompt: OmniPrompt = {"prompt": arguments.prompt}
-    if arguments.negative_prompt is not None:
-        prompt["negative_prompt"] = arguments.negative_prompt
-    if arguments.image is not None:
-        # A prompt holds contents and never a path: the command reads the files that its user named.
-        prompt["multi_modal_data"] = {"image": [read_picture(path) for path in arguments.image]}
-    return prompt
 
 
 def _check_output(path: Path, suffixes: Sequence[str]) -> None:
