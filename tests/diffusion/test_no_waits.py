@@ -130,7 +130,7 @@ def test_the_profiler_sees_a_round_wait_for_nothing_but_the_step_before(tmp_path
         for _ in range(3):
             engine.step()
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profiler:
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
             for _ in range(3):
                 with torch.profiler.record_function("round"):
                     engine.step()
