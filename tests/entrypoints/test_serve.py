@@ -129,7 +129,7 @@ def test_ten_video_jobs_survive_kill_9(tmp_path):
         (["--port", "70000"], "port=70000 must lie between"),
         (["--api-key", " "], "api_key is empty"),
         (["--max-queue", "0"], "max_queue=0 must be at least 1"),
-        (["/nowhere/at/all"], "no such folder"),
+        (["/nowhere/at/all", "--port", "0"], "no such folder"),
         (["--scheduling-policy", "fastest"], "invalid choice"),
     ],
 )

@@ -35,6 +35,9 @@ class FakePool:
     def receive(self, timeout_s, hear):
         hear(self.ranks[0], self._said)
 
+    def check_starts(self, ready):
+        pass
+
     def death(self):
         return None
 
