@@ -7,6 +7,7 @@ import socket
 import threading
 import urllib.request
 
+import openai
 import pytest
 
 from tests.serving import SMALL
@@ -62,6 +63,28 @@ def test_a_request_is_listed_with_its_progress_and_can_be_cancelled(server, in_b
     for method, path, body in (("DELETE", "", None), ("POST", "/priority", {"priority": 1})):
         status, _, answer = server.call(method, f"/v1/requests/listed{path}", body)
         assert (status, answer["error"]["code"]) == (409, "request_finished")
+
+
+def test_openais_client_does_not_send_a_cancelled_request_again(server):
+    errors = []
+
+    def ask():
+        client = server.client().with_options(max_retries=1)
+        with client, pytest.raises(openai.ConflictError) as caught:
+            client.images.generate(prompt="cancelled once", size="64x64", extra_body={"num_inference_steps": 5000})
+        errors.append(caught.value.code)
+
+    def ours():
+        entries = server.call("GET", "/v1/requests")[2]["data"]
+        return [entry for entry in entries if entry["prompt"] == "cancelled once"]
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    server.wait_until(ours)
+    server.call("DELETE", f"/v1/requests/{ours()[0]['id']}")
+    asking.join(timeout=5)
+    assert errors == ["cancelled"]
+    assert len(ours()) == 1
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", ""), ("DELETE", ""), ("GET", "/events")])

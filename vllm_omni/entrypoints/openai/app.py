@@ -70,6 +70,6 @@ def create_app(server: Server) -> ASGIApp:
             allow_origins=list(config.allowed_origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id", "X-Receipt", "Retry-After"],
+            expose_headers=["X-Request-Id", "X-Receipt", "X-Should-Retry", "Retry-After"],
         )
     return gate

@@ -27,6 +27,8 @@ logger = init_logger(__name__)
 
 _MAX_SHOWN = 100
 _MAX_MESSAGE = 2000
+# OpenAI's clients send a request again after these, unless they are told not to: one that was cancelled would run anew.
+_NOT_TO_BE_RETRIED = (409, 501)
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -53,7 +55,8 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status, self.headers)
+        advice = {"X-Should-Retry": "false"} if self.status in _NOT_TO_BE_RETRIED else {}
+        return JSONResponse(self.body(), self.status, advice | self.headers)
 
 
 class BodyRefusedError(HTTPException):
@@ -79,7 +82,7 @@ def as_api_error(error: BaseException, *, log: bool = True) -> ApiError:
         retry_after = str(max(1, math.ceil(error.retry_after_s)))
         return ApiError(429, str(error), code="queue_full", headers={"Retry-After": retry_after})
     if isinstance(error, EngineClosedError):
-        return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10"})
+        return shutting_down()
     if isinstance(error, InsufficientMemoryError):
         return ApiError(500, str(error), code="insufficient_memory")
     if isinstance(error, NonFiniteOutputError):
@@ -92,6 +95,10 @@ def as_api_error(error: BaseException, *, log: bool = True) -> ApiError:
     if log:
         logger.error("a request failed inside", exc_info=error)
     return ApiError(500, "the request failed inside the server; its log has the cause", code="internal_error")
+
+
+def shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10"})
 
 
 def install_error_handlers(app: FastAPI) -> None:

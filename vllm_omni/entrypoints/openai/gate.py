@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import re
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_omni.diffusion.request import new_request_id
 from vllm_omni.entrypoints.openai.config import ServerConfig
-from vllm_omni.entrypoints.openai.errors import ApiError, BodyRefusedError
+from vllm_omni.entrypoints.openai.errors import ApiError, BodyRefusedError, shutting_down
 
 # Whoever asks whether the server lives need not know the key, nor does the page, which asks its user for it. The name
 # of a stored result is a secret of its own.
@@ -61,6 +62,10 @@ class Gate:
         upload = _Upload()
         try:
             await self._app(scope, self._receiving(receive, upload), send)
+        except asyncio.CancelledError:
+            # uvicorn ends what is left when the time to finish is over. An answer that has begun breaks off.
+            if not scope["state"].get("has_answer"):
+                await shutting_down().response()(scope, receive, send)
         finally:
             self._uploaded -= upload.num_counted
 
@@ -159,6 +164,7 @@ class Gate:
                     headers["X-Request-Id"] = request_id
                 headers["X-Content-Type-Options"] = "nosniff"
                 self._observe(scope, message["status"])
+                scope["state"]["has_answer"] = True
             # A client that reads nothing blocks its answer; it must not hold it for ever.
             try:
                 with anyio.fail_after(self._config.send_timeout_s):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import socket
 import threading
@@ -58,7 +59,7 @@ def open_storage(config: ServerConfig) -> Storage:
 class HttpServer(uvicorn.Server):
     """Serves ``omni`` on the socket of :func:`bind`, with the storage of :func:`open_storage`, until SIGTERM or SIGINT.
 
-    From then on nothing new is accepted, what runs has ``drain_timeout_s`` to finish but for the last tenth, which
+    From then on new requests are refused, what runs has ``drain_timeout_s`` to finish but for the last tenth, which
     closing takes, and :meth:`run` returns, so that the process exits with status 0. A second SIGINT ends at once.
     """
 
@@ -78,7 +79,6 @@ class HttpServer(uvicorn.Server):
             uvicorn.Config(
                 create_app(self.state),
                 log_level="warning",
-                timeout_graceful_shutdown=max(1, round(_seconds_to_finish(config))),
                 server_header=False,
             )
         )
@@ -105,10 +105,16 @@ class HttpServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if counter % 10 == 0:  # tenths of a second
             self._silent.sweep(self.server_state.connections)
-        return await super().on_tick(counter)
+        if not await super().on_tick(counter):
+            return False
+        self._drain()
+        # While requests are finished, whoever asks how far they are, ends one or sends a new one is answered.
+        is_over = not self.state.omni.live.in_progress or time.monotonic() >= self.state.drain_until
+        return self.force_exit or is_over
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.state.is_draining = True
+        self._drain()
+        self.config.timeout_graceful_shutdown = math.ceil(max(0.0, self.state.drain_until - time.monotonic()))
         await super().shutdown(sockets)
         self.state.storage.close()
 
@@ -126,9 +132,13 @@ class HttpServer(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.state.is_draining = True
-        self.state.drain_until = time.monotonic() + _seconds_to_finish(self.state.config)
+        self._drain()
         super().handle_exit(sig, frame)
+
+    def _drain(self) -> None:
+        if not self.state.is_draining:
+            self.state.drain_until = time.monotonic() + _seconds_to_finish(self.state.config)
+            self.state.is_draining = True
 
 
 def _seconds_to_finish(config: ServerConfig) -> float:

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.openai.config import ServerConfig
-from vllm_omni.entrypoints.openai.errors import ApiError
+from vllm_omni.entrypoints.openai.errors import ApiError, shutting_down
 from vllm_omni.entrypoints.openai.fetch import MediaFetcher
 from vllm_omni.entrypoints.openai.protocol import RequestFields
 from vllm_omni.entrypoints.openai.storage import Storage
@@ -46,7 +46,7 @@ class Server:
     def check_accepts(self) -> None:
         """Raises ``ApiError`` while the server shuts down."""
         if self.is_draining:
-            raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10"})
+            raise shutting_down()
 
     def check_model(self, model: str | None) -> None:
         """Raises ``ApiError`` for a model that is not served."""
