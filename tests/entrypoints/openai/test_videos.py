@@ -169,6 +169,16 @@ def test_a_picture_starts_a_video(tmp_path):
         assert client.videos.poll(created.id, poll_interval_ms=20).status == "completed"
 
 
+def test_jobs_of_one_second_are_listed_in_the_order_in_which_they_came(tmp_path):
+    with contextlib.closing(Storage(tmp_path, max_age_s=100, max_bytes=1e9)) as storage:
+        jobs = [Job(id=f"video_{key}", created=1, fields={}) for key in "cadb"]
+        for job in jobs:
+            storage.add_job(job)
+        assert storage.unfinished_jobs() == jobs
+        assert storage.jobs(after="video_a", limit=2, newest_first=False) == (jobs[2:], False)
+        assert storage.jobs(after=None, limit=2, newest_first=True) == ([jobs[3], jobs[2]], True)
+
+
 def test_unfinished_jobs_run_again_in_the_next_server_and_finished_ones_are_there(video_folder, tmp_path):
     with AsyncOmni(str(video_folder)) as omni:
         with running_server(omni, storage_dir=tmp_path, drain_timeout_s=0) as first:
