@@ -218,8 +218,8 @@ class AsyncOmni:
             # One that waits leaves its place once the first of all is done.
             retry_after_s = min(self.engine.seconds_left().values(), default=0.0)
             raise QueueFullError(
-                f"{num_waiting} requests wait, and at most {self._max_queue} may; try again in"
-                f" {math.ceil(retry_after_s)} s",
+                f"the queue is full ({num_waiting} of {self._max_queue}); try again in"
+                f" {max(1, math.ceil(retry_after_s))} s",
                 retry_after_s=retry_after_s,
             )
 

@@ -208,6 +208,21 @@ def test_an_error_is_shown_as_the_server_says_it_at_its_field(server, open_page)
     assert "prompt" in page.locator("#field-error").inner_text()
 
 
+@pytest.mark.parametrize(
+    ("message", "shown"), [("try again in 4 s", "try again in 4 s"), ("full", "full (the server asks to wait 4 s)")]
+)
+def test_a_refused_request_says_once_how_long_to_wait(server, open_page, message, shown):
+    page = open_page(server)
+    refusal = {"status": 429, "headers": {"Retry-After": "4"}, "json": {"error": {"message": message}}}
+    page.route("**/v1/images/generations", lambda route: route.fulfill(**refusal))
+    generate(page)
+    page.locator(".card.failed").wait_for()
+    assert page.locator(".card .error").inner_text() == shown
+    page.unroute("**/v1/images/generations")
+    page.click(".card >> text='Try again'")
+    made(page, 1)
+
+
 def test_two_pictures_are_compared_by_keyboard(server, open_page):
     page = open_page(server)
     generate(page, n=2)
@@ -243,6 +258,11 @@ def test_a_long_prompt_leaves_the_rest_in_sight(server, open_page):
     overflowing = """[...document.querySelectorAll(".compare-bar button, .bar *")]
         .filter(e => e.scrollWidth > e.clientWidth).map(e => e.outerHTML)"""
     assert page.evaluate(overflowing) == []
+    grounds = page.locator(".card [aria-pressed=true]").evaluate_all(
+        "b => b.map(b => getComputedStyle(b).backgroundColor)"
+    )
+    assert len(grounds) == 2
+    assert len(set(grounds)) == 1  # also the one under the pointer
     page.click("#compare-open")
     box = page.locator(".compare").bounding_box()
     page.mouse.click(box["x"] + box["width"] / 4, box["y"] + 20)

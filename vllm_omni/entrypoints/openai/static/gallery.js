@@ -208,11 +208,12 @@ function runCard(run) {
 function showFailure(run) {
   const { card, error } = run;
   const hadFocus = card.contains(document.activeElement);
-  const wait = error.retryAfter ? ` (the server asks to wait ${error.retryAfter} s)` : "";
+  const wait = error.retryAfter && `${error.retryAfter} s`;
   card.classList.replace("running", "failed");
   card.bar.remove();
   card.state.className = "error";
-  card.state.textContent = error.message + wait;
+  const isTold = !wait || error.message.includes(wait);
+  card.state.textContent = error.message + (isTold ? "" : ` (the server asks to wait ${wait})`);
   card.actions.replaceChildren(
     button("Try again", () => {
       dismiss(run);
