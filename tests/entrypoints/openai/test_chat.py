@@ -130,3 +130,8 @@ def test_the_format_of_pictures_means_nothing_to_a_model_of_videos(video_server)
 def test_bad_input_names_the_field(server, fields, param):
     status, _, answer = server.call("POST", "/v1/chat/completions", fields)
     assert (status, answer["error"]["param"]) == (400, param)
+
+
+def test_a_conversation_is_refused_with_the_reason(server):
+    answer = server.call("POST", "/v1/chat/completions", {"messages": messages("a") * 3})[2]
+    assert answer["error"]["message"].startswith("messages holds 3 messages; a diffusion model remembers nothing")

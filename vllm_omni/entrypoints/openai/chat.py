@@ -9,7 +9,7 @@ from typing import Any, Literal, Union
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from vllm_omni.entrypoints.live_requests import Watcher
 from vllm_omni.entrypoints.openai.errors import ApiError, as_api_error
@@ -55,12 +55,25 @@ class Message(StrictModel):
 class ChatFields(RequestFields):
     """What a chat request may have."""
 
-    messages: list[Message] = Field(min_length=1, max_length=1, description="one message of the user")
+    messages: list[Message] = Field(
+        description="one message of the user", json_schema_extra={"minItems": 1, "maxItems": 1}
+    )
     n: int | None = Field(None, ge=1, le=16, description="number of outputs, all in one answer")
     num_outputs_per_prompt: int | None = Field(None, ge=1, le=16, description="as n")
     modalities: list[Literal["image", "video"]] | None = Field(None, description="what is expected in the answer")
     output_format: ImageFormat = Field("png", description="file format of pictures")
     stream: bool = Field(False, description="server-sent events")
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _check_number(cls, messages: Any) -> Any:
+        if isinstance(messages, list) and len(messages) != 1:
+            raise InvalidRequestError(
+                f"messages holds {len(messages)} messages; a diffusion model remembers nothing, so send one of the user"
+                " with all texts and pictures",
+                param="messages",
+            )
+        return messages
 
     @property
     def num_outputs(self) -> int | None:
