@@ -20,12 +20,13 @@ EXAMPLES = Path(__file__).parent.parent / "examples" / "online_serving"
 
 
 @contextmanager
-def served(task, model=None):
+def served(task, model=None, **variables):
     """The environment of a client of the example's ``run_server.sh``."""
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(EXAMPLES.parent.parent),
         "PORT": "0",
+        **variables,
     }
     if model is not None:
         environment["MODEL"] = str(model)
@@ -113,20 +114,37 @@ def test_image_to_image(tmp_path):
                 *("image_to_image", "run_curl_image_edit.sh", environment, tmp_path / "red.png", "a cat"),
                 **{"SIZE": "95x64", "OUTPUT": tmp_path / "refused.png"},
             )
+    assert not (tmp_path / "refused.png").exists()
     assert size_of(tmp_path / "edited.png") == size_of(tmp_path / "curl.png") == (96, 64)
 
 
 def test_text_to_video(tmp_path):
-    with served("text_to_video", tiny_wan.wan_t2v(tmp_path / "model")) as environment:
+    model = tiny_wan.wan_t2v(tmp_path / "model")
+    with served("text_to_video", model, VLLM_OMNI_API_KEY="SECRET") as environment:
+        with pytest.raises(AssertionError, match="the key is missing or wrong"):
+            script("text_to_video", "run_curl_text_to_video.sh", environment)
         client(
             "text_to_video",
             environment,
-            *("--prompt", "a cat", "--negative-prompt", "blurry", "--height", 32, "--width", 48, "--num-frames", 5),
+            *(
+                "--api-key",
+                "SECRET",
+                "--prompt",
+                "a cat",
+                "--negative-prompt",
+                "blurry",
+                "--height",
+                32,
+                "--width",
+                48,
+                "--num-frames",
+                5,
+            ),
             *("--fps", 8, "--num-inference-steps", 2, "--guidance-scale", 4, "--output", tmp_path / "video.mp4"),
         )
         told = script(
             *("text_to_video", "run_curl_text_to_video.sh", environment),
-            **{"SIZE": "48x32", "SECONDS_LONG": 0.3, "STEPS": 2, "OUTPUT": tmp_path / "curl.mp4"},
+            **{"SIZE": "48x32", "SECONDS_LONG": 0.3, "STEPS": 2, "OUTPUT": tmp_path / "curl.mp4", "API_KEY": "SECRET"},
         )
     assert "completed, 100 %" in told
     for name in ("video.mp4", "curl.mp4"):

@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
 # Text to video by curl, as a job of /v1/videos: create it, ask how far it is, download it.
-# SERVER, PROMPT, SIZE, SECONDS_LONG, STEPS, SEED and OUTPUT may be set. The job goes on if this script ends.
+# SERVER, API_KEY, PROMPT, SIZE, SECONDS_LONG, STEPS, SEED and OUTPUT may be set. The job goes on if this script ends.
 set -euo pipefail
 videos="${SERVER:-http://localhost:8091}/v1/videos"
 output="${OUTPUT:-text_to_video.mp4}"
 ask() {
-    curl --fail-with-body --silent --show-error "$@"
+    curl --silent --show-error --header "Authorization: Bearer ${API_KEY:-none}" "$@"
 }
 field() {
-    python3 -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1"
+    python3 -c '
+import json, sys
+
+answer = json.load(sys.stdin)
+if answer.get("error"):
+    sys.exit(answer["error"]["message"])
+print(answer[sys.argv[1]])' "$1"
 }
 
 id=$(ask "$videos" \
@@ -24,9 +30,5 @@ while [ "$status" = queued ] || [ "$status" = in_progress ]; do
     status=$(field status <<<"$job")
     echo "$id: $status, $(field progress <<<"$job") %"
 done
-if [ "$status" != completed ]; then
-    field error <<<"$job" >&2
-    exit 1
-fi
-ask "$videos/$id/content" --output "$output"
+ask --fail "$videos/$id/content" --output "$output"
 echo "$output"
