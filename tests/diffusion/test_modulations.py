@@ -15,6 +15,7 @@ from vllm_omni.diffusion import modulations
 from vllm_omni.diffusion.denoise import denoise_step
 from vllm_omni.diffusion.layers.linear import LinearBase, ModulationLinear
 from vllm_omni.diffusion.modulations import PreparedModulations, prepare_modulations
+from vllm_omni.diffusion.staged_forward import BlockSpan, Conditioning, StagedForward
 from vllm_omni.diffusion.step_memory import ForwardRow, StepMemory, forward_rows
 
 NUM_BLOCKS = 2  # of each kind, in the tiny models
@@ -212,3 +213,44 @@ def test_a_full_size_block_takes_prepared_modulations(name, quantization):
     # The inputs are those of timestep 500. Their last layer is modulated by the forward's own timestep.
     assert relative_difference(outputs[1].float(), expected.float()) < 0.02
     assert relative_difference(outputs[0].float(), outputs[1].float()) > 0
+
+
+class Stub(torch.nn.Module):
+    """One block with modulation layers of these sizes, and one of a class that is not named."""
+
+    _repeated_blocks = ("Block",)
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([Block([ModulationLinear(8, size) for size in sizes]), torch.nn.Identity()])
+
+    def stages(self):
+        return StagedForward(
+            streams=(torch.ones(1, 2, 8),),
+            row_inputs=(torch.ones(1, 8),),
+            conditioning=Conditioning(compute=lambda timestep: timestep[:, None].expand(-1, 8), others=()),
+            spans=(BlockSpan(blocks=self.blocks, call=lambda block, streams, row_inputs, shared: streams),),
+            modulated_input=lambda: torch.ones(1),
+            output_tokens=lambda streams: streams[0],
+            finish=lambda tokens, row_inputs: tokens,
+        )
+
+
+class Block(torch.nn.ModuleList):
+    pass
+
+
+@pytest.mark.parametrize(("sizes", "prepares"), [((8,), False), ((4, 4), False), ((8, 8), True)])
+def test_modulations_as_wide_together_as_their_input_are_computed_in_each_step(sizes, prepares):
+    model = Stub(*sizes)
+    prepare_modulations(model, SimpleNamespace(parallel_config=SimpleNamespace(use_hsdp=False)))
+    assert isinstance(model.stages, PreparedModulations) == prepares
+
+
+def test_a_transformer_with_blocks_that_it_does_not_name_computes_its_modulations_in_each_step():
+    model = Stub(8, 8)
+    prepare_modulations(model, SimpleNamespace(parallel_config=SimpleNamespace(use_hsdp=False)))
+    with forward_rows([ForwardRow(StepMemory(), 0, 0, 0, 2, torch.tensor([900.0, 100.0]))]):
+        stages = model.stages()
+    assert stages.block_parts is None
+    assert torch.equal(stages.row_inputs[0], torch.ones(1, 8))

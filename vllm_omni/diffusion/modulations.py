@@ -46,7 +46,10 @@ class PreparedModulations:
         assert conditioning is not None, "stages.conditioning tells how it is made"
         if len(rows) != conditioning.shape[0]:
             return stages  # the pipeline makes other rows of them
-        layers = [self._layers[block] for span in stages.spans for block in span.blocks]
+        blocks = [block for span in stages.spans for block in span.blocks]
+        if not all(block in self._layers for block in blocks):
+            return stages  # some are of a class that _repeated_blocks leaves out
+        layers = [self._layers[block] for block in blocks]
         prepared = self._prepared(rows, stages.conditioning, list(chain.from_iterable(layers)), conditioning.dtype)
         widths = [sum(layer.output_size for layer in of_block) for of_block in layers]
         ends = accumulate(widths)
@@ -98,13 +101,19 @@ def prepare_modulations(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> 
             if type(block).__name__ in names
         }
         stages = getattr(transformer, "stages", None)
-        if stages is None or not all(layers.values()):
+        if stages is None or not all(_can_be_prepared(of_block) for of_block in layers.values()):
             continue
         for of_block in layers.values():
             for layer, end in zip(of_block, accumulate(layer.output_size for layer in of_block), strict=True):
                 layer.prepared_at = end - layer.output_size
         prepared: Any = PreparedModulations(stages, layers)
         transformer.stages = prepared
+
+
+def _can_be_prepared(layers: Sequence[ModulationLinear]) -> bool:
+    """Whether a block has such layers, and each can tell a prepared row from its own input by the width."""
+    width = sum(layer.output_size for layer in layers)
+    return bool(layers) and all(layer.input_size != width for layer in layers)
 
 
 def _steps_ahead(row: ForwardRow) -> torch.Tensor:

@@ -74,7 +74,8 @@ def require_extractors(od_config: OmniDiffusionConfig, asked_for: str) -> None:
 def apply_cache(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> None:
     """Put the configured cache, if any, before the transformers of a loaded pipeline.
 
-    Raises ``InvalidConfigError`` for options that the transformer's number of blocks does not allow.
+    Raises ``InvalidConfigError`` for options that the transformer's number of blocks does not allow, and
+    ``FeatureNotAvailableError`` if it does not say what its blocks are.
     """
     config = od_config.cache.step_cache
     if config is None:
@@ -122,6 +123,11 @@ def _teacache(config: TeaCacheConfig, od_config: OmniDiffusionConfig, component:
 def _check_num_blocks(config: CacheDiTConfig, transformer: nn.Module) -> None:
     """At least one block must be left to skip."""
     names = getattr(type(transformer), "_repeated_blocks", ())
+    if not names:
+        raise FeatureNotAvailableError(
+            f"cache_backend='cache_dit': {type(transformer).__name__} names its blocks in no _repeated_blocks, by which"
+            " they are counted; name them, or leave the option out"
+        )
     num_blocks = sum(type(module).__name__ in names for module in transformer.modules())
     num_computed = config.Fn_compute_blocks + config.Bn_compute_blocks
     if num_computed >= num_blocks:
