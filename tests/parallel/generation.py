@@ -48,8 +48,7 @@ def _generate(
         config = replace(config, device=rank_config_device(config.torch_device, dist.get_rank()))
     worker = Worker(config, groups=groups)
     model = resolve_diffusion_model(config.model_class_name)
-    make_pre_process = model.get_pre_process_func
-    spec, pre_process = model.request_spec(config), None if make_pre_process is None else make_pre_process(config)
+    spec, pre_process = model.request_spec(config), model.pre_process(config)
     requests = [
         admit(prompt, OmniDiffusionSamplingParams(**values), spec, {}, pre_process)
         for prompt, values in zip(prompts, params, strict=True)

@@ -75,6 +75,14 @@ class DiffusionModel:
         )
         return None if make_spec is None else make_spec(od_config)
 
+    def pre_process(self, od_config: OmniDiffusionConfig) -> Callable[..., Any] | None:
+        """The function from request to request that runs at the door, or None."""
+        return None if self.get_pre_process_func is None else self.get_pre_process_func(od_config)
+
+    def post_process(self, od_config: OmniDiffusionConfig) -> Callable[..., Any] | None:
+        """The function from a decoded output to pictures or frames, or None."""
+        return None if self.get_post_process_func is None else self.get_post_process_func(od_config)
+
 
 def register_diffusion_model(
     model_class_name: str,

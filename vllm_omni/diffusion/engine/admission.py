@@ -47,8 +47,7 @@ class Door:
         model = resolve_diffusion_model(od_config.model_class_name)
         self.spec = model.request_spec(od_config)
         self.checkpoint_defaults = read_sampling_defaults(od_config)
-        make_pre_process = model.get_pre_process_func
-        self._pre_process = None if make_pre_process is None else make_pre_process(od_config)
+        self._pre_process = model.pre_process(od_config)
 
     def admit(self, prompt: Any, params: OmniDiffusionSamplingParams) -> OmniDiffusionRequest:
         """A request with all defaults resolved, pre-processed. Raises ``InvalidRequestError``."""

@@ -60,9 +60,7 @@ class Engine:
         self._is_stepped = is_stepped(model.pipeline_class)
         self._door = Door(od_config)
         self._spec = self._door.spec
-        make_post_process = model.get_post_process_func
-        post_process = None if make_post_process is None else make_post_process(od_config)
-        self._results = Results(od_config, self._spec, post_process)
+        self._results = Results(od_config, self._spec, model.post_process(od_config))
         limit = None if od_config.memory_budget_mb is None else od_config.memory_budget_mb * 2**20
         budget = MemoryBudget(limit, is_cautious=is_online)
         policy = od_config.scheduling_policy or ("shortest" if is_online else "fcfs")
@@ -120,12 +118,14 @@ class Engine:
     def request_defaults(self) -> dict[str, Any]:
         """The parameters that the model takes, with the value of an absent one where it does not follow from others."""
         defaults = {} if self._spec is None else dict(self._spec.defaults)
-        return {k: v for k, v in defaults.items() if not isinstance(v, SameAs)} | self._door.checkpoint_defaults
+        own = {name: value for name, value in defaults.items() if not isinstance(value, SameAs)}
+        return {**own, **self._door.checkpoint_defaults}
 
     def num_frames_of(self, seconds: float, fps: float | None) -> int:
         """The number of frames that the model can make which comes nearest to ``seconds``; ``fps`` None is its own."""
         assert self._spec is not None, "a video model tells its requests"
-        rate, factor = self.request_defaults["fps"] if fps is None else fps, self._spec.temporal_factor
+        rate = self.request_defaults["fps"] if fps is None else fps
+        factor = self._spec.temporal_factor
         return max(1, round((seconds * rate - 1) / factor) * factor + 1)
 
     def seconds_left(self) -> dict[str, float]:
