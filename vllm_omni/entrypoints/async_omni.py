@@ -13,7 +13,6 @@ from typing import Any, Literal
 from vllm_omni.diffusion.distributed.layout import check_layout
 from vllm_omni.diffusion.engine.configure import configure
 from vllm_omni.diffusion.engine.engine import Engine, EngineRound
-from vllm_omni.diffusion.engine.executor import runs_in_torchrun
 from vllm_omni.diffusion.engine.warm_up import warm_up
 from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
 from vllm_omni.diffusion.request import OmniDiffusionRequest
@@ -60,7 +59,7 @@ class AsyncOmni:
         self.od_config = configure(choose_model(model, task), options, task)
         self.listeners: list[Callable[[EngineRound], object]] = []  # the engine's thread tells them of each round
         self._max_queue = max_queue
-        if runs_in_torchrun(check_layout(self.od_config)):
+        if check_layout(self.od_config).is_in_torchrun:
             raise FeatureNotAvailableError(
                 "torchrun: its processes must ask for the same pictures in the same order, which clients do not; start"
                 " it without torchrun, and it starts its ranks itself"

@@ -55,6 +55,16 @@ class ParallelLayout:
         return math.prod(self.mesh_shape)
 
     @property
+    def num_ranks(self) -> int:
+        """Ranks of all replicas."""
+        return self.world_size * self.data
+
+    @property
+    def is_in_torchrun(self) -> bool:
+        """Whether this process is one of the ranks, and not the one that starts them."""
+        return self.num_ranks > 1 and envs.torchrun_ranks() is not None
+
+    @property
     def sizes(self) -> dict[str, int]:
         """The options whose product is the number of all ranks."""
         return {
@@ -152,7 +162,7 @@ def _check_launcher(od_config: OmniDiffusionConfig, layout: ParallelLayout) -> N
             " use device='cuda'",
             option="device",
         )
-    if envs.torchrun_ranks() is None or layout.world_size * layout.data == 1:
+    if not layout.is_in_torchrun:
         return
     if uses_ray:
         raise InvalidConfigError(
@@ -192,7 +202,7 @@ def _check_heads(od_config: OmniDiffusionConfig, layout: ParallelLayout) -> None
 
 def _check_devices(od_config: OmniDiffusionConfig, layout: ParallelLayout) -> None:
     device = od_config.torch_device
-    needed = layout.world_size * layout.data
+    needed = layout.num_ranks
     if needed == 1 or od_config.parallel_config.distributed_executor_backend == "ray":
         return  # a cluster says itself whether it has room
     needed = envs.torchrun_ranks() or needed  # those of this machine

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from vllm_omni import envs
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
 from vllm_omni.diffusion.distributed.layout import ParallelLayout, check_layout
@@ -58,18 +57,13 @@ def make_executor(od_config: OmniDiffusionConfig, on_load_progress: LoadProgress
     """
     layout = check_layout(od_config)
     _check_pipeline(od_config, layout)
-    if runs_in_torchrun(layout):
+    if layout.is_in_torchrun:
         return TorchrunExecutor(od_config, layout, on_load_progress)
     if layout.data > 1:
         return ReplicatedExecutor(od_config, layout, on_load_progress)
     if layout.world_size > 1 or od_config.parallel_config.distributed_executor_backend == "ray":
         return MultiprocessExecutor(od_config, layout, on_load_progress)
     return InProcessExecutor(od_config, on_load_progress)
-
-
-def runs_in_torchrun(layout: ParallelLayout) -> bool:
-    """Whether this process is one of the ranks, and not the one that starts them."""
-    return layout.world_size * layout.data > 1 and envs.torchrun_ranks() is not None
 
 
 def _check_pipeline(od_config: OmniDiffusionConfig, layout: ParallelLayout) -> None:

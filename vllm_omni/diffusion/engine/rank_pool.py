@@ -67,10 +67,10 @@ class RankPool:
         host = self._host()
         # No port is chosen here: the kernel gives one that is free, and takes it back with the store.
         self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-        num_threads = max(1, torch.get_num_threads() // (layout.world_size * layout.data))
+        num_threads = max(1, torch.get_num_threads() // layout.num_ranks)
         self._selector = selectors.DefaultSelector()
         self.ranks: list[Rank] = []
-        self._first, self._total = first_device, layout.world_size * layout.data  # as errors count, over all replicas
+        self._first, self._total = first_device, layout.num_ranks  # as errors count, over all replicas
         handles: list[RankHandle] = []
         # Whatever happens to this object, and at the latest when the interpreter ends.
         self._finalizer = weakref.finalize(self, _kill, handles)

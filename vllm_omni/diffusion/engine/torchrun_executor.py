@@ -32,7 +32,7 @@ class TorchrunExecutor:
         num_processes, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
         if layout.data > 1 or layout.world_size != num_processes:
             raise InvalidConfigError(
-                f"{layout.product} needs {layout.world_size * layout.data} ranks, torchrun started {num_processes}"
+                f"{layout.product} needs {layout.num_ranks} ranks, torchrun started {num_processes}"
                 " processes; make the product equal to --nproc-per-node x --nnodes (without data_parallel_size: start"
                 " a script for each replica)",
                 option="tensor_parallel_size",

@@ -38,11 +38,11 @@ def bind(config: ServerConfig) -> socket.socket:
         listener.bind((config.host, config.port))
     except OSError as error:
         listener.close()
-        raise _not_had(config, error) from error
+        raise _unavailable(config, error) from error
     return listener
 
 
-def _not_had(config: ServerConfig, error: OSError) -> InvalidConfigError:
+def _unavailable(config: ServerConfig, error: OSError) -> InvalidConfigError:
     return InvalidConfigError(
         f"host={config.host!r}, port={config.port}: {error.strerror or error}; choose another", option="port"
     )
@@ -94,7 +94,7 @@ class HttpServer(uvicorn.Server):
             # Until now another server could bind it too, and be the first to listen.
             self._listener.listen(self.config.backlog)
         except OSError as error:
-            raise _not_had(self.state.config, error) from error
+            raise _unavailable(self.state.config, error) from error
         super().run([self._listener] if sockets is None else sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
