@@ -96,6 +96,15 @@ def test_an_activation_that_others_use_stays_where_it_is():
     assert not block.norm1.forward.silu
 
 
+def test_what_no_kernel_takes_is_left_to_torch(monkeypatch):
+    monkeypatch.setattr(kernels, "take", lambda x: True)
+    model = nn.Sequential(nn.GroupNorm(2, 4, affine=False), nn.Upsample(scale_factor=2.0, mode="nearest"))
+    video = drawn(1, 4, 3, 2, 2)
+    expected = model(video)
+    use_channels_last(model)
+    torch.testing.assert_close(model(video), expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", AUTOENCODERS)
 @torch.no_grad()

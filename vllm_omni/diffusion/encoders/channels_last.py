@@ -38,7 +38,7 @@ def use_channels_last(autoencoder: nn.Module) -> None:
             module.weight.data = module.weight.data.contiguous(memory_format=order)
         elif _doubles(module):
             module.forward = _UpsampleForward(module.conv if isinstance(module, Upsample2D) else None)
-        elif isinstance(module, nn.GroupNorm) or is_channel_norm(module):
+        elif (isinstance(module, nn.GroupNorm) and module.affine) or is_channel_norm(module):
             module.forward = _NormForward(module)
     for module in autoencoder.modules():
         _fuse_activations(module)
@@ -138,7 +138,7 @@ class _UpsampleForward:
 
     def __call__(self, x: torch.Tensor, output_size: None = None) -> torch.Tensor:
         """``[N, C, H, W] -> [N, C', 2 H, 2 W]``."""
-        if kernels.take(x):
+        if kernels.take(x) and x.dim() == 4:
             from vllm_omni.diffusion.layers.kernels.channel_norm import double_sides
 
             doubled = double_sides(channels_last(x))
