@@ -98,7 +98,7 @@ def main() -> None:
         "weight": [[round(value, 5) for value in row] for row in solution[:-1].tolist()],
         "bias": [round(value, 5) for value in solution[-1].tolist()],
     }
-    output = args.output if args.output is not None else Path(args.model) / PREVIEW_FILE
+    output = args.output if args.output is not None else Path(omni.od_config.model) / PREVIEW_FILE
     output.write_text(json.dumps(content) + "\n", encoding="utf-8")
     print(f"{output}: {len(features)} tokens, root mean square error {error:.4f} of [0, 1]")
 
