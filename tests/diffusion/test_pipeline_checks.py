@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
+from tests.tiny_flux import autoencoder_kl
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.groups import ParallelGroups, TensorParallelRank
+from vllm_omni.diffusion.model_loader.components import decode_in_parts
 from vllm_omni.diffusion.worker.pipeline_checks import check_pipeline
 from vllm_omni.errors import FeatureNotAvailableError
 
@@ -18,17 +20,35 @@ from vllm_omni.errors import FeatureNotAvailableError
         ("quantization", "fp8"),
         ("tensor_parallel_size", 2),
         ("use_hsdp", True),
-        ("vae_use_tiling", True),
-        ("vae_use_slicing", True),
         ("enforce_eager", False),
         ("ulysses_degree", 2),
     ],
 )
 def test_an_option_that_would_change_nothing_is_refused(option, value):
-    config = OmniDiffusionConfig.from_options(model="m", model_class_name="", device="cpu", **{option: value})
+    config = _configuration(**{option: value})
     groups = ParallelGroups(
         tp=TensorParallelRank(0, config.parallel_config.tensor_parallel_size),
         sequence=TensorParallelRank(0, config.parallel_config.ulysses_degree),
     )
     with pytest.raises(FeatureNotAvailableError, match=rf"{option}.*Sequential.*leave the option"):
         check_pipeline(nn.Sequential(nn.Linear(4, 4)), config, groups)
+
+
+@pytest.mark.parametrize("option", ["use_slicing", "use_tiling"])
+def test_slices_and_tiles_reach_an_autoencoder_that_the_pipeline_loaded_itself(option):
+    pipeline = nn.Module()
+    pipeline.vae = autoencoder_kl()
+    decode_in_parts(pipeline, _configuration())
+    assert not getattr(pipeline.vae, option)
+    decode_in_parts(pipeline, _configuration(**{f"vae_{option}": True}))
+    assert [name for name in ("use_slicing", "use_tiling") if getattr(pipeline.vae, name)] == [option]
+
+
+@pytest.mark.parametrize("option", ["vae_use_slicing", "vae_use_tiling"])
+def test_a_pipeline_without_an_autoencoder_that_can_refuses_slices_and_tiles(option):
+    with pytest.raises(FeatureNotAvailableError, match=rf"{option}=True: Linear has no autoencoder.*leave the option"):
+        decode_in_parts(nn.Linear(1, 1), _configuration(**{option: True}))
+
+
+def _configuration(**options):
+    return OmniDiffusionConfig.from_options(model="m", model_class_name="", device="cpu", **options)

@@ -24,7 +24,7 @@ from vllm_omni.diffusion.model_loader.weights import (
     iterate_weights,
     weight_files,
 )
-from vllm_omni.errors import InvalidModelFolderError, WeightsError
+from vllm_omni.errors import FeatureNotAvailableError, InvalidModelFolderError, WeightsError
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def load_autoencoder(model_class: Any, od_config: OmniDiffusionConfig, subfolder: str = "vae") -> Any:
-    """An autoencoder of diffusers on the engine's device, in its dtype, with slicing and tiling as configured."""
+    """An autoencoder of diffusers on the engine's device, in its dtype."""
     config = dict(od_config.component_config(subfolder))
     with torch.device(od_config.torch_device), default_dtype(od_config.torch_dtype):
         try:
@@ -59,11 +59,27 @@ def load_autoencoder(model_class: Any, od_config: OmniDiffusionConfig, subfolder
         use_squared_sums(vae)
     else:
         use_channels_last(vae)
-    if od_config.memory.vae_use_slicing:
-        vae.enable_slicing()
-    if od_config.memory.vae_use_tiling:
-        vae.enable_tiling()
     return vae
+
+
+def decode_in_parts(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> None:
+    """Let the autoencoders of a pipeline, whoever loaded them, work by slices and tiles as configured.
+
+    Raises ``FeatureNotAvailableError`` if there is none that can.
+    """
+    for option, attribute in (("vae_use_slicing", "use_slicing"), ("vae_use_tiling", "use_tiling")):
+        if not getattr(od_config.memory, option):
+            continue
+        # diffusers gives the method to all of its autoencoders, and the attribute to those that can.
+        method = option.replace("vae_use", "enable")
+        autoencoders = [m for m in pipeline.modules() if hasattr(m, attribute) and hasattr(m, method)]
+        if not autoencoders:
+            raise FeatureNotAvailableError(
+                f"{option}=True: {type(pipeline).__name__} has no autoencoder of diffusers that can do so; leave the"
+                " option out"
+            )
+        for autoencoder in autoencoders:
+            getattr(autoencoder, method)()
 
 
 def load_text_encoder(model_class: Any, od_config: OmniDiffusionConfig, subfolder: str = "text_encoder") -> Any:

@@ -17,7 +17,7 @@ from vllm_omni.diffusion.attention.selector import attention_backend, check_back
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.groups import current_groups
 from vllm_omni.diffusion.distributed.utils import local_device
-from vllm_omni.diffusion.model_loader.components import default_dtype, fill_with_random_weights
+from vllm_omni.diffusion.model_loader.components import decode_in_parts, default_dtype, fill_with_random_weights
 from vllm_omni.diffusion.model_loader.utils import resolve_model_folder
 from vllm_omni.diffusion.model_loader.weights import check_complete, iterate_weights, total_size, weight_files
 from vllm_omni.diffusion.quantization import check_quantization, quantized_linears
@@ -83,6 +83,7 @@ class DiffusersPipelineLoader:
             quantized_linears(config),
         ):
             pipeline = pipeline_class(od_config=config)
+        decode_in_parts(pipeline, config)
         if check is not None:
             check(pipeline)
         sources: _Sources = getattr(pipeline, "weights_sources", ())
