@@ -62,7 +62,7 @@ class HubUnreachableError(OmniError, ConnectionError):
 
 
 class UnsupportedPipelineError(OmniError, LookupError):
-    """No registered model has the pipeline class that ``model_index.json`` names."""
+    """The pipeline class that ``model_index.json`` names is not registered, or what is registered is not there."""
 
 
 class WeightsError(OmniError, RuntimeError):

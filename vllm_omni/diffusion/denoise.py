@@ -13,7 +13,14 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from vllm_omni.diffusion.data import DiffusionOutput
-from vllm_omni.diffusion.denoise_state import Conditions, DenoiseState, History, Sampler, SteppedPipeline
+from vllm_omni.diffusion.denoise_state import (
+    Conditions,
+    DenoiseState,
+    History,
+    Sampler,
+    SteppedPipeline,
+    is_stepped,
+)
 from vllm_omni.diffusion.distributed.cfg_parallel import exchange, owned_outputs, owner_of
 from vllm_omni.diffusion.distributed.groups import RankGroup, current_groups
 from vllm_omni.diffusion.request import OmniDiffusionRequest
@@ -21,7 +28,16 @@ from vllm_omni.diffusion.sequences import concatenate
 from vllm_omni.diffusion.step_memory import forward_rows
 from vllm_omni.diffusion.step_plan import PlannedUpdate, StepPlan, plan_steps
 
-__all__ = ["Conditions", "DenoiseState", "History", "Sampler", "SteppedPipeline", "denoise", "denoise_step"]
+__all__ = [
+    "Conditions",
+    "DenoiseState",
+    "History",
+    "Sampler",
+    "SteppedPipeline",
+    "denoise",
+    "denoise_step",
+    "is_stepped",
+]
 
 # Prediction [N, ...] of each branch of each state, by (id(state), branch).
 _Predictions = Mapping[tuple[int, int], torch.Tensor]
@@ -72,9 +88,13 @@ def _predict(states: Sequence[DenoiseState], plan: StepPlan, step: int, pipeline
         state.cache.begin_step()
     for forward in plan.forwards:
         with forward_rows([row for item in forward.rows for row in item.forward_rows()]):
-            prediction = pipeline.predict(
-                concatenate([item.latents for item in forward.rows]), forward.timesteps[step], dict(forward.conditions)
-            )
+            latents = concatenate([item.latents for item in forward.rows])
+            prediction = pipeline.predict(latents, forward.timesteps[step], dict(forward.conditions))
+        shape = getattr(prediction, "shape", None)
+        if shape != latents.shape:
+            returned = type(prediction).__name__ if shape is None else f"a prediction of {tuple(shape)}"
+            name = type(pipeline).__name__
+            raise TypeError(f"{name}.predict returned {returned} for latents of {tuple(latents.shape)}")
         for item, piece in zip(forward.rows, prediction.split_with_sizes(forward.counts), strict=True):
             pieces.setdefault((id(item.state), item.branch), []).append(piece)
     group = current_groups().cfg

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -72,6 +73,14 @@ class DenoiseState:
 
     def __post_init__(self) -> None:
         assert len(self.step_conditions) in (0, self.num_steps), "step_conditions has one entry per step, or none"
+        for name, value in chain.from_iterable(given.items() for given in (*self.branches, *self.step_conditions)):
+            try:
+                hash(value)
+            except TypeError as error:
+                raise TypeError(
+                    f"the condition {name!r} cannot be compared between requests ({error}); give a tensor, or something"
+                    " hashable, such as a tuple"
+                ) from None
         self.coefficients = self.sampler.coefficients(self.sigmas)
         self.history = self.sampler.initial_history(self.latents)
 
@@ -111,3 +120,8 @@ class SteppedPipeline(Protocol):
         ...
 
     def decode(self, state: DenoiseState) -> torch.Tensor: ...
+
+
+def is_stepped(pipeline_class: type) -> bool:
+    """Whether a pipeline has the three verbs, so that the engine can drive its steps."""
+    return all(callable(getattr(pipeline_class, verb, None)) for verb in ("prepare", "predict", "decode"))

@@ -149,7 +149,10 @@ def supported_pipelines() -> list[str]:
 
 
 def resolve_diffusion_model(model_class_name: str) -> DiffusionModel:
-    """Import a registered pipeline. Raises ``UnsupportedPipelineError`` for a name that is not registered."""
+    """Import a registered pipeline.
+
+    Raises ``UnsupportedPipelineError`` for a name that is not registered, or not with what can be imported.
+    """
     _load_entry_points()
     if model_class_name not in _DIFFUSION_MODELS:
         raise UnsupportedPipelineError(
@@ -158,11 +161,24 @@ def resolve_diffusion_model(model_class_name: str) -> DiffusionModel:
             " this tree or by vllm_omni.diffusion.registry.register_diffusion_model from another package"
         )
     folder, file, class_name = _DIFFUSION_MODELS[model_class_name]
-    module = importlib.import_module(_module_name(folder, file))
+    name = _module_name(folder, file)
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise UnsupportedPipelineError(
+            f"{model_class_name} is registered as '{name}:{class_name}', which cannot be imported: {error}"
+        ) from error
+    pre_process_func = _DIFFUSION_PRE_PROCESS_FUNCS.get(model_class_name)
+    post_process_func = _DIFFUSION_POST_PROCESS_FUNCS.get(model_class_name)
+    missing = [n for n in (class_name, pre_process_func, post_process_func) if n is not None and not hasattr(module, n)]
+    if missing:
+        raise UnsupportedPipelineError(
+            f"{model_class_name} is registered with {', '.join(missing)}, which {name} does not have"
+        )
     return DiffusionModel(
         pipeline_class=getattr(module, class_name),
-        get_pre_process_func=_function(module, _DIFFUSION_PRE_PROCESS_FUNCS.get(model_class_name)),
-        get_post_process_func=_function(module, _DIFFUSION_POST_PROCESS_FUNCS.get(model_class_name)),
+        get_pre_process_func=None if pre_process_func is None else getattr(module, pre_process_func),
+        get_post_process_func=None if post_process_func is None else getattr(module, post_process_func),
     )
 
 
@@ -174,13 +190,6 @@ def _module_name(folder: str, file: str) -> str:
     if "." not in folder and importlib.util.find_spec(local) is not None:
         return f"{local}.{file}"
     return f"{folder}.{file}"
-
-
-def _function(module: Any, name: str | None) -> Callable[..., Any] | None:
-    if name is None:
-        return None
-    function: Callable[..., Any] = getattr(module, name)
-    return function
 
 
 @functools.cache

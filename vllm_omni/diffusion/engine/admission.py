@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig, RequestSpec, SameAs, read_json
+from vllm_omni.diffusion.denoise import is_stepped
 from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.diffusion.request import OmniDiffusionRequest, new_request_id
 from vllm_omni.errors import InvalidModelFolderError, InvalidRequestError
@@ -48,10 +49,17 @@ class Door:
         self.spec = model.request_spec(od_config)
         self.checkpoint_defaults = read_sampling_defaults(od_config)
         self._pre_process = model.pre_process(od_config)
+        self._is_stepped = is_stepped(model.pipeline_class)
 
     def admit(self, prompt: Any, params: OmniDiffusionSamplingParams) -> OmniDiffusionRequest:
         """A request with all defaults resolved, pre-processed. Raises ``InvalidRequestError``."""
-        return admit(prompt, params, self.spec, self.checkpoint_defaults, self._pre_process)
+        request = admit(prompt, params, self.spec, self.checkpoint_defaults, self._pre_process)
+        if self._is_stepped and request.sampling_params.num_inference_steps is None:
+            raise InvalidRequestError(
+                "num_inference_steps is not set, and the pipeline's request_spec has no default for it; set it",
+                param="num_inference_steps",
+            )
+        return request
 
 
 def read_sampling_defaults(od_config: OmniDiffusionConfig) -> dict[str, Any]:
@@ -92,6 +100,10 @@ def admit(
     request = OmniDiffusionRequest(request_id=new_request_id(), prompts=[normalized], sampling_params=params)
     if spec is not None:
         _refuse_unsupported(request, spec)
+    schedule = params.sigmas if params.sigmas is not None else params.timesteps
+    if schedule is not None:
+        params.num_inference_steps = len(schedule)
+    if spec is not None:
         _apply_checkpoint_defaults(request, spec, checkpoint_defaults)
         # Before the pre-process function, which may bring a picture to this size.
         _check_size(params, spec)
@@ -117,9 +129,6 @@ def _apply_checkpoint_defaults(
     params, prompt = request.sampling_params, request.prompt
     if "negative_prompt" in checkpoint_defaults and "negative_prompt_embeds" not in prompt:
         prompt.setdefault("negative_prompt", checkpoint_defaults["negative_prompt"])
-    schedule = params.sigmas if params.sigmas is not None else params.timesteps
-    if schedule is not None:
-        params.num_inference_steps = len(schedule)
     _resolve_true_cfg_scale(request, spec, checkpoint_defaults)
     for name in spec.defaults:
         if getattr(params, name) is None:

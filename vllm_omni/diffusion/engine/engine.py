@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vllm_omni.diffusion.data import TASKS, OmniDiffusionConfig, RequestSpec, SameAs
+from vllm_omni.diffusion.denoise import is_stepped
 from vllm_omni.diffusion.engine.admission import Door
 from vllm_omni.diffusion.engine.executor import Executor, make_executor
 from vllm_omni.diffusion.engine.memory_budget import MemoryBudget
@@ -19,7 +20,6 @@ from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
 from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerOutput
-from vllm_omni.diffusion.worker.model_runner import is_stepped
 from vllm_omni.errors import EngineClosedError, EngineFailureError, InvalidRequestError, first_line
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.logger import init_logger

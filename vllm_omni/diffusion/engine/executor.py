@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.denoise import is_stepped
 from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
 from vllm_omni.diffusion.distributed.layout import ParallelLayout, check_layout
 from vllm_omni.diffusion.engine.mp_executor import MultiprocessExecutor
@@ -13,7 +14,6 @@ from vllm_omni.diffusion.engine.torchrun_executor import TorchrunExecutor
 from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
 from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerResult
-from vllm_omni.diffusion.worker.model_runner import is_stepped
 from vllm_omni.diffusion.worker.worker import Worker
 from vllm_omni.errors import FeatureNotAvailableError
 

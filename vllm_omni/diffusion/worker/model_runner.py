@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import nn
 
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache import apply_cache, check_cache
 from vllm_omni.diffusion.compile import apply_compile
 from vllm_omni.diffusion.cuda_graph import apply_cuda_graphs
-from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.denoise import DenoiseState, denoise_step
+from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
+from vllm_omni.diffusion.denoise import DenoiseState, denoise_step, is_stepped
 from vllm_omni.diffusion.distributed.collectives import all_reduce_sum
 from vllm_omni.diffusion.distributed.groups import current_groups
 from vllm_omni.diffusion.distributed.rank_status import waiting_for, working_alone
@@ -33,7 +32,7 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.step_plan import StepPlan
 from vllm_omni.diffusion.worker.messages import MemoryUse, StageTimes, WorkerCommand, WorkerOutput, WorkerResult
 from vllm_omni.diffusion.worker.out_of_memory import explained
-from vllm_omni.diffusion.worker.pipeline_checks import check_pipeline
+from vllm_omni.diffusion.worker.pipeline_checks import check_pipeline, checked
 from vllm_omni.errors import FeatureNotAvailableError, NonFiniteOutputError
 from vllm_omni.logger import init_logger
 from vllm_omni.outputs import StepCacheUse
@@ -138,7 +137,7 @@ class ModelRunner:
         running = _Running(request=request)
         started = time.perf_counter()
         if self._is_stepped:
-            running.state = self.pipeline.prepare(request)
+            running.state = checked(self.pipeline.prepare(request), DenoiseState, self.pipeline, "prepare")
             self._platform.synchronize()
         running.times.prepare_s = time.perf_counter() - started
         self._running[request.request_id] = running
@@ -213,7 +212,8 @@ class ModelRunner:
                 result.previews[request_id] = preview.numpy()
 
     def _run_whole(self, running: _Running) -> None:
-        running.output = self.pipeline.forward(running.request).output
+        output = self.pipeline.forward(running.request)
+        running.output = checked(output, DiffusionOutput, self.pipeline, "forward").output
 
     def _limit_steps_ahead(self, *, is_known: bool) -> None:  # steps of another plan tell nothing of this one's time
         self._steps_ahead.append(self._platform.record())
@@ -262,8 +262,7 @@ class ModelRunner:
             return state.latents
         if not self._decodes:
             return None  # the engine takes the pixels of the first rank
-        pixels: torch.Tensor = self.pipeline.decode(state)
-        return pixels
+        return checked(self.pipeline.decode(state), torch.Tensor, self.pipeline, "decode")
 
     def _guard(self, result: WorkerResult, request_id: str, work: Callable[..., object], *arguments: Any) -> None:
         """Run ``work`` of one request; what it raises becomes that request's error."""
@@ -282,8 +281,3 @@ class ModelRunner:
     def _used_attention_backends(self) -> tuple[str, ...]:
         used = (layer.used_backends for layer in self._attention_layers)
         return tuple(sorted(self._split_attention_backends.union(*used)))
-
-
-def is_stepped(pipeline_class: type[nn.Module]) -> bool:
-    """Whether a pipeline has the three verbs, so that the engine can drive its steps."""
-    return all(callable(getattr(pipeline_class, verb, None)) for verb in ("prepare", "predict", "decode"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import nn
 
 from vllm_omni.diffusion.compile import check_compile, repeated_blocks
@@ -12,6 +14,15 @@ from vllm_omni.diffusion.layers.linear import LinearBase
 from vllm_omni.diffusion.layers.linear_method import LinearMethod
 from vllm_omni.diffusion.layers.rope import QKNormRope
 from vllm_omni.errors import FeatureNotAvailableError
+
+_T = TypeVar("_T")
+
+
+def checked(value: object, expected: type[_T], pipeline: nn.Module, method: str) -> _T:
+    """What a method of a pipeline returned. Raises ``TypeError`` if that is something else than ``expected``."""
+    if not isinstance(value, expected):
+        raise TypeError(f"{type(pipeline).__name__}.{method} returned {value!r:.100}, no {expected.__name__}")
+    return value
 
 
 def check_pipeline(pipeline: nn.Module, od_config: OmniDiffusionConfig, groups: ParallelGroups) -> None:
