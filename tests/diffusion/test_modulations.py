@@ -14,6 +14,7 @@ from vllm_omni import Omni, OmniDiffusionSamplingParams
 from vllm_omni.diffusion import modulations
 from vllm_omni.diffusion.denoise import denoise_step
 from vllm_omni.diffusion.layers.linear import LinearBase, ModulationLinear
+from vllm_omni.diffusion.models.qwen_image import pipeline_qwen_image_edit_plus
 from vllm_omni.diffusion.modulations import PreparedModulations, prepare_modulations
 from vllm_omni.diffusion.staged_forward import BlockSpan, Conditioning, StagedForward
 from vllm_omni.diffusion.step_memory import ForwardRow, StepMemory, forward_rows
@@ -39,8 +40,10 @@ def folders(qwen_folder, tmp_path_factory):
 
 
 @pytest.fixture
-def load(folders):
+def load(folders, monkeypatch):
     """``load(name, **options)`` -> the pipeline, and a function that prepares a request's state."""
+    # The picture need not be seen in full to have modulations of its own.
+    monkeypatch.setattr(pipeline_qwen_image_edit_plus, "_LATENTS_AREA", 128 * 128)
     opened = []
 
     def loaded(name, **options):
