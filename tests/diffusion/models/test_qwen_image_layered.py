@@ -6,6 +6,8 @@ diffusers fails for ``output_type="latent"``, so its latents are those that it t
 
 from __future__ import annotations
 
+import asyncio
+
 import diffusers.pipelines.qwenimage.pipeline_qwenimage_layered as diffusers_layered
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from diffusers import QwenImageLayeredPipeline
 from tests import tiny_qwen_edit
 from tests.parity import BF16_TOLERANCE, assert_same_latents, assert_same_pictures, generators, relative_difference
 from tests.tiny_qwen_edit import picture
-from vllm_omni import Omni, OmniDiffusionSamplingParams
+from vllm_omni import AsyncOmni, Omni, OmniDiffusionSamplingParams
 from vllm_omni.diffusion.models.qwen_image import pictures
 from vllm_omni.errors import InvalidRequestError
 
@@ -148,6 +150,14 @@ def test_absent_parameters_get_their_defaults_at_the_door(omni):
     expected = {"layers": 3, "resolution": 640, "cfg_normalize": False, "use_en_prompt": False}
     assert request.sampling_params.extra_args == expected
     assert given == {"layers": 3}, "the user's own dict stays as it was"
+
+
+def test_layers_are_not_decoded_for_previews_that_nobody_could_show(folder):
+    async def watch(omni):
+        return [event async for event in omni.generate(layered(WIDE), params(steps=1), previews={1})]
+
+    with AsyncOmni(str(folder)) as omni, pytest.raises(InvalidRequestError, match="no decoder of single pictures"):
+        asyncio.run(watch(omni))
 
 
 @pytest.mark.parametrize("resolution", [640, 1024])

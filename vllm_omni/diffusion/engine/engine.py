@@ -72,7 +72,8 @@ class Engine:
         self._executor: Executor | None = make_executor(od_config, on_load_progress)
         # By a map they cost next to nothing. Without one the decoder makes those of pictures, each at its full cost.
         self.has_quick_previews = self._is_stepped and LatentPreview.load(od_config.model) is not None
-        self.has_previews = self.has_quick_previews or (self._is_stepped and self.output_kind == "image")
+        is_one_picture = self.output_kind == "image" and not self._makes_layers
+        self.has_previews = self.has_quick_previews or (self._is_stepped and is_one_picture)
         self._needs_preview = needs_preview if self.has_previews else None
 
     @property
@@ -141,6 +142,10 @@ class Engine:
     def output_kind(self) -> Literal["image", "video"]:
         """Models of videos are those that take a number of frames."""
         return "video" if self._spec is not None and "num_frames" in self._spec.defaults else "image"
+
+    @property
+    def _makes_layers(self) -> bool:
+        return self._spec is not None and "image-to-layers" in self._spec.tasks
 
     def validate(self, prompt: Any, params: OmniDiffusionSamplingParams) -> OmniDiffusionRequest:
         """A request with all defaults resolved, pre-processed. Raises ``InvalidRequestError``; queues nothing."""
