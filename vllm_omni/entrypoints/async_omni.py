@@ -92,8 +92,8 @@ class AsyncOmni:
         """
         if previews and not self.engine.has_previews:
             raise InvalidRequestError(
-                "this model has no map from latents to colours (latent_preview.json) and no decoder of single pictures, so it"
-                " shows no previews; make a map with tools/fit_preview.py, or ask for none",
+                "this model has no map from latents to colours (latent_preview.json) and no decoder of single pictures,"
+                " so it shows no previews; make a map with tools/fit_preview.py, or ask for none",
                 param="previews",
             )
         watcher = Watcher(previews=previews)

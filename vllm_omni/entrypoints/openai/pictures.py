@@ -117,7 +117,8 @@ async def _stream(
     omni = server_of(request).omni
     if body.partial_images and not omni.engine.has_previews:
         raise InvalidRequestError(
-            f"partial_images={body.partial_images}: this model runs in one piece, or makes layers, and shows no partial pictures; use 0",
+            f"partial_images={body.partial_images}: this model runs in one piece, or makes layers, and shows no partial"
+            " pictures; use 0",
             param="partial_images",
         )
     if body.stream_progress:
