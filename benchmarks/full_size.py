@@ -216,7 +216,7 @@ def measured(args: argparse.Namespace, name: str, forward: Callable[[], Any]) ->
             synchronize(args.device)
             device_ms.append(1000 * (time.perf_counter() - started))
         if args.profile is not None:
-            write_profile(args.profile / f"{args.model}-{name.replace(' ', '-')}.txt", forward)
+            write_profile(args.profile / f"{args.model}-{name.replace(',', '').replace(' ', '-')}.txt", forward)
         clocks = clocks_while(forward, args.forwards) if args.clocks else {}
     peak = torch.cuda.max_memory_allocated() / 2**30 if args.device.startswith("cuda") else 0.0
     figures = {

@@ -21,7 +21,7 @@ LABELS = {
     "diffusers": "diffusers, compiled, bf16",
 }
 COLOURS = {"fp8 with attention": "#0f5c41", "fp8": "#1b7f5c", "compiled": "#4fb08d", "diffusers": "#9aa4ae"}
-WIDTH, LEFT, BAR, GAP = 760, 190, 20, 34
+WIDTH, LEFT, BAR, GAP = 780, 210, 20, 34
 
 
 def bars(results: dict[str, Any]) -> dict[str, float]:
