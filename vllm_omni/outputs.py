@@ -82,3 +82,8 @@ class OmniRequestOutput:
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     receipt: Receipt | None = None
     error: BaseException | None = None
+
+    @property
+    def flat_images(self) -> list[Any]:
+        """Pictures in one list: of a model whose outputs have several layers, each layer is an entry."""
+        return [image for entry in self.images for image in (entry if isinstance(entry, list) else [entry])]

@@ -16,6 +16,7 @@ from vllm_omni.errors import FeatureNotAvailableError
 @pytest.mark.parametrize(
     ("option", "value"),
     [
+        ("attention_backend", "TORCH_SDPA"),
         ("attention_dtype", "fp8"),
         ("quantization", "fp8"),
         ("tensor_parallel_size", 2),

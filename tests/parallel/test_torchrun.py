@@ -51,6 +51,7 @@ def test_both_processes_have_the_same_picture_from_a_seed_that_was_drawn(tmp_pat
 
 
 def test_a_server_in_torchrun_is_refused(qwen_folder, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     with pytest.raises(FeatureNotAvailableError, match="start it without torchrun"):
         AsyncOmni(qwen_folder, device="cpu", tensor_parallel_size=2)

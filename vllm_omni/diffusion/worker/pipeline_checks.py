@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.compile import check_compile, repeated_blocks
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.groups import ParallelGroups
@@ -37,6 +38,11 @@ def check_pipeline(pipeline: nn.Module, od_config: OmniDiffusionConfig, groups: 
     linears = [module for module in modules if isinstance(module, LinearBase)]
     # What is asked for, what it needs, and whether that is there.
     needs: list[tuple[str | None, str, bool]] = [
+        (
+            od_config.attention_backend and f"attention_backend={od_config.attention_backend!r}",
+            "Attention of attention/layer.py",
+            any(isinstance(module, Attention) for module in modules),
+        ),
         (
             od_config.attention_dtype and f"attention_dtype={od_config.attention_dtype!r}",
             "attention that normalises and rotates query and key by QKNormRope",

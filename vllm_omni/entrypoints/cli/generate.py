@@ -6,7 +6,6 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from vllm_omni.diffusion.data import TASKS
 from vllm_omni.entrypoints.cli.arguments import (
@@ -106,7 +105,7 @@ def _write(output: OmniRequestOutput, path: Path | None, suffix: str) -> list[Pa
         seed = output.receipt.seeds[0] if output.receipt.seeds is not None else 0
         path = Path(f"vllm-omni-{seed}{suffix}")
     is_video = suffix in _SUFFIXES["video"]
-    results = output.images if is_video else _flat(output.images)
+    results = output.images if is_video else output.flat_images
     paths = [path] if len(results) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(results))]
     for result, target in zip(results, paths, strict=True):
         try:
@@ -118,11 +117,6 @@ def _write(output: OmniRequestOutput, path: Path | None, suffix: str) -> list[Pa
         except OSError as error:
             raise not_written("output", target, error.strerror or str(error)) from error
     return paths
-
-
-def _flat(pictures: list[Any]) -> list[Any]:
-    """Pictures in one list; an output of several layers is a list of its own."""
-    return [picture for entry in pictures for picture in (entry if isinstance(entry, list) else [entry])]
 
 
 def _summary(output: OmniRequestOutput, load_s: float) -> str:

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 
 from vllm_omni.entrypoints.live_requests import Watcher
 from vllm_omni.entrypoints.openai.errors import ApiError, as_api_error
-from vllm_omni.entrypoints.openai.media import base64_text, data_url, encode_picture, encode_video, flat_pictures
+from vllm_omni.entrypoints.openai.media import base64_text, data_url, encode_picture, encode_video
 from vllm_omni.entrypoints.openai.pictures import as_sent
 from vllm_omni.entrypoints.openai.protocol import ImageFormat, RequestFields, StrictModel
 from vllm_omni.entrypoints.openai.server import EventStream, Server, placing_of, server_of, sse, unless_disconnected
@@ -175,7 +175,7 @@ async def _content(body: ChatFields, output: OmniRequestOutput) -> list[dict[str
         videos = [await asyncio.to_thread(encode_video, frames, fps) for frames in output.images]
         urls = [f"data:video/mp4;base64,{base64_text(video)}" for video in videos]
         return [{"type": "video_url", "video_url": {"url": url}} for url in urls]
-    pictures = flat_pictures(output.images)
+    pictures = output.flat_images
     files = [await asyncio.to_thread(encode_picture, picture, body.output_format, None) for picture in pictures]
     urls = [data_url(file, body.output_format) for file in files]
     return [{"type": "image_url", "image_url": {"url": url}} for url in urls]

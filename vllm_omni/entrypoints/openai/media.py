@@ -51,11 +51,6 @@ def encode_video(frames: Any, fps: float) -> bytes:
     return buffer.getvalue()
 
 
-def flat_pictures(images: list[Any]) -> list[Image.Image]:
-    """Pictures in one list; an output of several layers is a list of its own."""
-    return [picture for entry in images for picture in (entry if isinstance(entry, list) else [entry])]
-
-
 def base64_text(content: bytes) -> str:
     return base64.b64encode(content).decode("ascii")
 

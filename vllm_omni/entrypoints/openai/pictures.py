@@ -15,7 +15,7 @@ from PIL import Image
 
 from vllm_omni.entrypoints.live_requests import Watcher
 from vllm_omni.entrypoints.openai.errors import ApiError, as_api_error
-from vllm_omni.entrypoints.openai.media import base64_text, encode_picture, encode_preview, flat_pictures, opaque
+from vllm_omni.entrypoints.openai.media import base64_text, encode_picture, encode_preview, opaque
 from vllm_omni.entrypoints.openai.protocol import PictureFields, RequestFields
 from vllm_omni.entrypoints.openai.requests import PacedPreviews, progress_event
 from vllm_omni.entrypoints.openai.server import EventStream, Server, placing_of, server_of, sse, unless_disconnected
@@ -84,7 +84,7 @@ async def _stored(request: Request, body: PictureFields, b64_json: str) -> dict[
 
 
 async def _whole(server: Server, body: PictureFields, output: OmniRequestOutput) -> dict[str, Any]:
-    pictures = flat_pictures(output.images)
+    pictures = output.flat_images
     files = [await _file(picture, body) for picture in pictures]
     return {
         "created": int(time.time()),
