@@ -97,11 +97,11 @@ def test_a_rank_that_is_killed_at_rest_starts_again_before_a_request_needs_it(om
     old, engine = pids(omni), omni._engine
     os.kill(old[1], signal.SIGKILL)
     deadline = time.monotonic() + 5
-    while engine.is_ready:
+    while engine.num_ready:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert engine.is_alive
-    while not engine.is_ready:
+    while not engine.num_ready:
         assert time.monotonic() < deadline + 30
         time.sleep(0.01)
     assert not set(pids(omni)) & set(old)
@@ -114,9 +114,9 @@ def test_ranks_start_again_without_waiting_for_a_request(omni, expected):
         omni.generate("die 1", params())
     executor = omni._engine._executor
     deadline = time.monotonic() + 30
-    while not executor.is_ready and time.monotonic() < deadline:
+    while not executor.num_ready and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert executor.is_ready
+    assert executor.num_ready
     assert_serves(omni, expected)
 
 

@@ -19,13 +19,8 @@ class FakeReplica:
     """Finishes what it prepares at once."""
 
     def __init__(self, *_args, first_device):
-        self.number, self.is_alive, self.is_ready, self.num_in_flight, self.is_closed = (
-            first_device,
-            True,
-            True,
-            0,
-            False,
-        )
+        self.number, self.is_alive, self.is_closed = first_device, True, False
+        self.num_ready, self.num_in_flight = 1, 0
         if first_device == 1 and self.fails:
             raise RuntimeError("the second replica does not start")
         self.made.append(self)
@@ -59,7 +54,9 @@ def test_requests_go_to_the_least_busy_replica(fake):
 
 def test_a_replica_that_failed_for_good_gets_no_request_though_it_is_idle(fake):
     executor = ReplicatedExecutor(None, ParallelLayout(data=2))
-    executor.replicas[0].is_alive = executor.replicas[0].is_ready = False
+    assert executor.num_ready == 2
+    executor.replicas[0].is_alive, executor.replicas[0].num_ready = False, 0
+    assert executor.num_ready == 1, "the rest can be told by those who watch the server"
     executor.replicas[1].num_in_flight = 5
     assert placed(executor, "a", "b") == {"a": 1, "b": 1}
     assert executor.is_alive
@@ -69,11 +66,11 @@ def test_a_replica_that_failed_for_good_gets_no_request_though_it_is_idle(fake):
 
 def test_a_replica_that_starts_again_gets_a_request_only_if_no_other_is_ready(fake):
     executor = ReplicatedExecutor(None, ParallelLayout(data=3))
-    executor.replicas[0].is_ready = False
+    executor.replicas[0].num_ready = 0
     executor.replicas[1].num_in_flight = 5
     executor.replicas[2].is_alive = False
     assert placed(executor, "a") == {"a": 1}
-    executor.replicas[1].is_ready = False
+    executor.replicas[1].num_ready = 0
     assert placed(executor, "a") == {"a": 0}
 
 

@@ -93,7 +93,7 @@ def test_the_key_opens_and_health_needs_none(guarded):
 
 
 def test_a_server_is_not_ready_while_its_workers_start_again(guarded, shipped_omni, monkeypatch):
-    monkeypatch.setattr(shipped_omni.engine._executor, "is_ready", False)
+    monkeypatch.setattr(shipped_omni.engine._executor, "num_ready", 0)
     status, _, answer = guarded.call("GET", "/ready")
     assert (status, answer["error"]["code"]) == (503, "workers_starting")
     assert guarded.call("GET", "/health")[0] == 200
@@ -317,6 +317,7 @@ def test_metrics_count_what_happened(server, client):
     assert value("vllm_omni_requests_waiting") == value("vllm_omni_requests_running") == 0
     assert value('vllm_omni_stage_seconds_count{stage="denoise"}') > 0
     assert value("vllm_omni_peak_memory_bytes") > 10**6
+    assert value("vllm_omni_replicas_ready") == 1
 
 
 @pytest.mark.parametrize(

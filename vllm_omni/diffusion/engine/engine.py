@@ -82,9 +82,9 @@ class Engine:
         return self._executor is not None and self._executor.is_alive
 
     @property
-    def is_ready(self) -> bool:
-        """Whether a request would begin at once; False also while all ranks start again, for which requests wait."""
-        return self._executor is not None and self._executor.is_ready
+    def num_ready(self) -> int:
+        """Replicas of the model that begin a request at once; 0 while all start again, for which requests wait."""
+        return 0 if self._executor is None else self._executor.num_ready
 
     @property
     def has_requests(self) -> bool:

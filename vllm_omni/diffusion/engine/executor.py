@@ -21,14 +21,15 @@ from vllm_omni.errors import FeatureNotAvailableError
 class Executor(Protocol):
     """Runs each command on all ranks and returns the result of one.
 
-    ``is_alive`` is False once it will run no more, ``is_ready`` while a command would wait for ranks that start again.
+    ``is_alive`` is False once it will run no more. ``num_ready`` are the replicas that would begin a command at once: 0
+    while all start again.
     """
 
     @property
     def is_alive(self) -> bool: ...
 
     @property
-    def is_ready(self) -> bool: ...
+    def num_ready(self) -> int: ...
 
     def execute(self, command: WorkerCommand) -> WorkerResult: ...
 
@@ -38,7 +39,8 @@ class Executor(Protocol):
 class InProcessExecutor:
     """One rank, in this process."""
 
-    is_alive = is_ready = True
+    is_alive = True
+    num_ready = 1
 
     def __init__(self, od_config: OmniDiffusionConfig, on_load_progress: LoadProgress | None = None) -> None:
         self._worker = Worker(od_config, on_load_progress)

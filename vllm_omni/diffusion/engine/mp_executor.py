@@ -75,9 +75,9 @@ class MultiprocessExecutor:
         return self._end is None
 
     @property
-    def is_ready(self) -> bool:
-        """Whether a command would begin at once; False while the ranks start again."""
-        return self._is_ready
+    def num_ready(self) -> int:
+        """1 if a command would begin at once; 0 while the ranks start again."""
+        return int(self._is_ready)
 
     @property
     def pids(self) -> list[int]:

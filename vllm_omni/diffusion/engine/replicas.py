@@ -43,8 +43,8 @@ class ReplicatedExecutor:
         return any(replica.is_alive for replica in self.replicas)
 
     @property
-    def is_ready(self) -> bool:
-        return any(replica.is_ready for replica in self.replicas)
+    def num_ready(self) -> int:
+        return sum(replica.num_ready for replica in self.replicas)
 
     def execute(self, command: WorkerCommand) -> WorkerResult:
         """Each replica carries out its part of the command, all at the same time."""
@@ -67,7 +67,7 @@ class ReplicatedExecutor:
     def _hindrance(self, place: int) -> tuple[bool, bool]:
         """A replica that has failed for good gets no request, nor does one that starts again while another is ready."""
         replica = self.replicas[place]
-        return not replica.is_alive, not replica.is_ready
+        return not replica.is_alive, not replica.num_ready
 
     def _part(self, command: WorkerCommand, place: int) -> WorkerCommand:
         def here(request_ids: Sequence[str]) -> tuple[str, ...]:

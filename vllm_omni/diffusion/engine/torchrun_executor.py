@@ -24,7 +24,8 @@ class TorchrunExecutor:
     seed becomes that of the first, for the receipt; an id stays, by which the engine of this process knows the request.
     """
 
-    is_alive = is_ready = True
+    is_alive = True
+    num_ready = 1
 
     def __init__(
         self, od_config: OmniDiffusionConfig, layout: ParallelLayout, on_load_progress: LoadProgress | None = None

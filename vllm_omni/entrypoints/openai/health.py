@@ -27,9 +27,10 @@ async def ready(request: Request) -> dict[str, Any]:
     server = server_of(request)
     if server.is_draining or not server.omni.is_running:
         raise ApiError(503, "the server takes no more requests", code="shutting_down")
-    if not server.omni.engine.is_ready:
+    num_ready = server.omni.engine.num_ready
+    if not num_ready:
         raise ApiError(503, "the workers start again; requests wait for them", code="workers_starting")
-    return {"status": "ready", "model": server.model_name}
+    return {"status": "ready", "model": server.model_name, "replicas_ready": num_ready}
 
 
 @router.get("/metrics")

@@ -52,6 +52,7 @@ class ServerMetrics:
                 counter.labels(label)
         self._live_gauge("requests_waiting", "requests that no worker has begun", lambda: omni.engine.num_waiting)
         self._live_gauge("requests_running", "requests in progress", lambda: omni.engine.num_running)
+        self._live_gauge("replicas_ready", "replicas that begin a request at once", lambda: omni.engine.num_ready)
         self._live_gauge("seconds_of_work", "estimated seconds until all are done", lambda: omni.engine.seconds_of_work)
 
     def text(self) -> bytes:
