@@ -10,7 +10,7 @@ import dataclasses
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig, RequestSpec, SameAs, read_json
 from vllm_omni.diffusion.denoise import is_stepped
@@ -49,12 +49,22 @@ class Door:
         self.spec = model.request_spec(od_config)
         self.checkpoint_defaults = read_sampling_defaults(od_config)
         self._pre_process = model.pre_process(od_config)
-        self._is_stepped = is_stepped(model.pipeline_class)
+        self.is_stepped = is_stepped(model.pipeline_class)
+
+    @property
+    def output_kind(self) -> Literal["image", "video"]:
+        """Models of videos are those that take a number of frames."""
+        return "video" if self.spec is not None and "num_frames" in self.spec.defaults else "image"
+
+    @property
+    def decodes_pictures(self) -> bool:
+        """Whether an output is one picture, rather than a video or several layers."""
+        return self.output_kind == "image" and (self.spec is None or "image-to-layers" not in self.spec.tasks)
 
     def admit(self, prompt: Any, params: OmniDiffusionSamplingParams) -> OmniDiffusionRequest:
         """A request with all defaults resolved, pre-processed. Raises ``InvalidRequestError``."""
         request = admit(prompt, params, self.spec, self.checkpoint_defaults, self._pre_process)
-        if self._is_stepped and request.sampling_params.num_inference_steps is None:
+        if self.is_stepped and request.sampling_params.num_inference_steps is None:
             raise InvalidRequestError(
                 "num_inference_steps is not set, and the pipeline's request_spec has no default for it; set it",
                 param="num_inference_steps",

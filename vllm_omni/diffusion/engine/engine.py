@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vllm_omni.diffusion.data import TASKS, OmniDiffusionConfig, RequestSpec, SameAs
-from vllm_omni.diffusion.denoise import is_stepped
 from vllm_omni.diffusion.engine.admission import Door
 from vllm_omni.diffusion.engine.executor import Executor, make_executor
 from vllm_omni.diffusion.engine.memory_budget import MemoryBudget
@@ -57,8 +56,8 @@ class Engine:
     ) -> None:
         self.od_config = od_config
         model = resolve_diffusion_model(od_config.model_class_name)
-        self._is_stepped = is_stepped(model.pipeline_class)
         self._door = Door(od_config)
+        self._is_stepped = self._door.is_stepped
         self._spec = self._door.spec
         self._results = Results(od_config, self._spec, model.post_process(od_config))
         limit = None if od_config.memory_budget_mb is None else od_config.memory_budget_mb * 2**20
@@ -72,8 +71,7 @@ class Engine:
         self._executor: Executor | None = make_executor(od_config, on_load_progress)
         # By a map they cost next to nothing. Without one the decoder makes those of pictures, each at its full cost.
         self.has_quick_previews = self._is_stepped and LatentPreview.load(od_config.model) is not None
-        is_one_picture = self.output_kind == "image" and not self._makes_layers
-        self.has_previews = self.has_quick_previews or (self._is_stepped and is_one_picture)
+        self.has_previews = self.has_quick_previews or (self._is_stepped and self._door.decodes_pictures)
         self._needs_preview = needs_preview if self.has_previews else None
 
     @property
@@ -140,12 +138,7 @@ class Engine:
 
     @property
     def output_kind(self) -> Literal["image", "video"]:
-        """Models of videos are those that take a number of frames."""
-        return "video" if self._spec is not None and "num_frames" in self._spec.defaults else "image"
-
-    @property
-    def _makes_layers(self) -> bool:
-        return self._spec is not None and "image-to-layers" in self._spec.tasks
+        return self._door.output_kind
 
     def validate(self, prompt: Any, params: OmniDiffusionSamplingParams) -> OmniDiffusionRequest:
         """A request with all defaults resolved, pre-processed. Raises ``InvalidRequestError``; queues nothing."""
