@@ -8,7 +8,7 @@ save_picture() {
     python3 -c '
 import base64, json, sys
 
-answer = json.load(sys.stdin)
+answer = json.loads(sys.stdin.read() or sys.exit(1))  # curl has said why there is none
 if "error" in answer:
     sys.exit(answer["error"]["message"])
 with open(sys.argv[1], "wb") as file:

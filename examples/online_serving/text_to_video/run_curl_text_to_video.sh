@@ -11,7 +11,7 @@ field() {
     python3 -c '
 import json, sys
 
-answer = json.load(sys.stdin)
+answer = json.loads(sys.stdin.read() or sys.exit(1))  # curl has said why there is none
 if answer.get("error"):
     sys.exit(answer["error"]["message"])
 print(answer[sys.argv[1]])' "$1"
