@@ -191,6 +191,31 @@ def test_fair_shares_time_among_users_however_much_each_asks_for(clock):
     assert device.finished_at["modest"] - 1000 <= 2 * alone + proportional(768, 8) + 0.1
 
 
+def test_fair_counts_no_time_in_which_a_user_asked_for_nothing(clock):
+    device = make(clock, "fair", max_batch_size=1)
+    device.add(request("busy", steps=100, client="busy"), request("early", steps=2, client="rare"))
+    for _ in range(60):
+        device.round()
+    done = len(device.steps)
+    device.add(*(request(f"again-{i}", steps=20, client="rare") for i in range(3)))
+    for _ in range(30):
+        device.round()
+    turns = [name.split("-")[0] for (name,) in device.steps[done:]]
+    assert abs(turns.count("again") - turns.count("busy")) <= 4
+
+
+def test_fair_lets_no_row_of_requests_without_a_user_starve_those_with_one(clock):
+    device = make(clock, "fair", max_batch_size=1)
+    device.add(request("named", steps=20, client="somebody"))
+    names = (f"nobody-{i}" for i in itertools.count())
+    while "named" not in device.finished_at:
+        while sum(name.startswith("nobody") for name in device.items) - len(device.finished_at) < 2:
+            device.add(request(next(names), steps=4))
+        device.round()
+        assert len(device.steps) < 200, "the named one starves"
+    assert len(device.scheduler._served_clients) < 10, "those that left are forgotten"
+
+
 def test_fair_without_users_takes_turns(clock):
     device = make(clock, "fair", max_batch_size=1)
     device.add(request("a"), request("b"))

@@ -76,8 +76,8 @@ def _first_come(scheduled: ScheduledRequest, moment: Moment, remaining_s: float)
 
 
 def _fair(scheduled: ScheduledRequest, moment: Moment, remaining_s: float) -> tuple[float, ...]:
-    """Whoever was served least; a request without a client stands for itself."""
-    return moment.served_clients.get(scheduled.client, scheduled.served_s), scheduled.served_s
+    """Whoever was served least, and of one's own requests the one that was."""
+    return moment.served_clients[scheduled.client], scheduled.served_s
 
 
 def _shortest(scheduled: ScheduledRequest, moment: Moment, remaining_s: float) -> tuple[float, ...]:

@@ -71,12 +71,17 @@ class Scheduler:
     def add(self, scheduled: ScheduledRequest) -> None:
         with self._lock:
             scheduled.arrived = time.monotonic()
-            if scheduled.client:
-                # A newcomer starts even with the least served, not with all the time that it was not there.
-                active = [self._served_clients[item.client] for item in self._all() if item.client]
-                self._served_clients.setdefault(scheduled.client, min(active, default=0.0))
+            scheduled.client = scheduled.client or scheduled.request_id  # one without a client stands for itself
+            self._count_in(scheduled.client)
             self._waiting[scheduled.request_id] = scheduled
             self._ranking = None
+
+    def _count_in(self, client: str) -> None:
+        """A client that comes, or comes again, begins even with the least served: time away counts for nothing."""
+        in_hand = {item.client: self._served_clients[item.client] for item in self._all()}
+        least = min(in_hand.values(), default=0.0)
+        ahead = {name: seconds for name, seconds in self._served_clients.items() if seconds > least}
+        self._served_clients = {client: least} | ahead | in_hand
 
     def set_priority(self, request_id: str, priority: int) -> bool:
         """Change a request's priority. False if it is not in progress."""
@@ -100,7 +105,8 @@ class Scheduler:
 
     def shortage(self, scheduled: ScheduledRequest) -> tuple[float, float] | None:
         """Needed and available bytes of a request that does not fit even alone."""
-        return self._budget.shortage(scheduled)
+        with self._lock:
+            return self._budget.shortage(scheduled)
 
     def seconds_left(self) -> dict[str, float]:
         """Estimated seconds until each request is done, by id, the first to be served first."""
@@ -246,8 +252,7 @@ class Scheduler:
         self._costs.observe(group[0].shape, group[0].volume, self._rows_each(group), seconds)
         for item in group:
             item.served_s += seconds
-            if item.client:
-                self._served_clients[item.client] += seconds * item.num_rows / num_rows
+            self._served_clients[item.client] += seconds * item.num_rows / num_rows
 
     def _learn_memory(
         self, command: WorkerCommand, result: WorkerResult, taking_part: dict[str, ScheduledRequest]
