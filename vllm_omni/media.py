@@ -1,4 +1,4 @@
-"""Video files.
+"""Files of pictures and videos.
 
 Shapes: F frames, H and W in pixels.
 """
@@ -63,3 +63,11 @@ def _frame_as_uint8(frame: Any) -> np.ndarray:
 def _described(frames: Any) -> str:
     shape = getattr(frames, "shape", None)
     return type(frames).__name__ + (f" of shape {list(shape)}" if shape is not None else "")
+
+
+def opaque(picture: Image.Image) -> Image.Image:
+    """Without transparency: laid on white."""
+    if not picture.has_transparency_data:
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")

@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import av
 import pytest
 from PIL import Image
 
 from tests import tiny_wan
+from vllm_omni.entrypoints.cli import generate as generate_command
 from vllm_omni.entrypoints.cli.main import main
 from vllm_omni.version import __version__
 
@@ -147,12 +149,23 @@ def test_a_model_that_is_not_there_is_one_line(capsys):
     assert "no such folder" in capsys.readouterr().err
 
 
-def test_a_picture_becomes_a_video_that_plays(tmp_path, capsys):
+def test_layers_without_a_background_are_laid_on_white_in_a_jpeg(tmp_path):
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    output = SimpleNamespace(flat_images=[clear, clear], receipt=SimpleNamespace(seeds=(1,)))
+    paths = generate_command._write(output, tmp_path / "layers.JPG", ".png")
+    assert [path.name for path in paths] == ["layers-0.JPG", "layers-1.JPG"]
+    with Image.open(paths[1]) as picture:
+        assert (picture.format, picture.getpixel((4, 4))) == ("JPEG", (255, 255, 255))
+
+
+def test_a_picture_becomes_a_video_that_plays(tmp_path, capsys, monkeypatch):
     model = tiny_wan.wan_i2v(tmp_path / "model")
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     command = ["generate", "a cat", "--model", str(model), "--steps", "2", "--num-frames", "5", "--fps", "8"]
     command += ["--image", str(tmp_path / "red.png"), "--size", "48x32", "--seed", "1"]
-    assert main([*command, "--output", str(tmp_path / "cat.png")]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_command, "Omni", lambda *_, **__: pytest.fail("it is known before the model is loaded"))
+        assert main([*command, "--output", str(tmp_path / "cat.png")]) == 2
     assert "must end in .mp4" in capsys.readouterr().err
     assert main([*command, "--output", str(tmp_path / "cat.mp4")]) == 0
     assert "48 x 32 x 5 frames, 2 steps, seed 1" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vllm_omni.diffusion.data import engine_options
 from vllm_omni.diffusion.engine.admission import Door
@@ -79,9 +79,11 @@ def check_request(
     options: dict[str, Any],
     prompt: OmniPrompt,
     params: OmniDiffusionSamplingParams,
-) -> None:
-    """Raises what is wrong with a request, its model and the options before the weights are read."""
-    Door(configure(choose_model(model, task), options, task)).admit(prompt, params)
+) -> Literal["image", "video"]:
+    """What the model makes. Raises what is wrong with a request, the model and the options before weights are read."""
+    door = Door(configure(choose_model(model, task), options, task))
+    door.admit(prompt, params)
+    return door.output_kind
 
 
 def prompt_of(arguments: argparse.Namespace) -> OmniPrompt:

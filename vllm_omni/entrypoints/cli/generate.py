@@ -21,7 +21,7 @@ from vllm_omni.entrypoints.cli.arguments import (
 from vllm_omni.entrypoints.omni import SHIPPED_MODELS, Omni
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
-from vllm_omni.media import write_video
+from vllm_omni.media import opaque, write_video
 from vllm_omni.outputs import OmniRequestOutput
 
 # What each kind of output can be written as; the first is the default.
@@ -68,13 +68,12 @@ def run(arguments: argparse.Namespace) -> None:
     options = engine_values(given)
     _check_picture(arguments.task, arguments.image)
     prompt = prompt_of(arguments)
-    check_request(arguments.model, arguments.task, options, prompt, params)
+    suffixes = _SUFFIXES[check_request(arguments.model, arguments.task, options, prompt, params)]
+    if arguments.output is not None:
+        _check_output(arguments.output, suffixes)
     started = time.perf_counter()
     with Omni(arguments.model, task=arguments.task, **options) as omni:
         loaded = time.perf_counter()
-        suffixes = _SUFFIXES[omni.output_kind]
-        if arguments.output is not None:
-            _check_output(arguments.output, suffixes)
         (output,) = omni.generate(prompt, params)
     paths = _write(output, arguments.output, suffixes[0])
     for path in paths:
@@ -113,7 +112,7 @@ def _write(output: OmniRequestOutput, path: Path | None, suffix: str) -> list[Pa
                 assert output.receipt.fps is not None, "a video model resolves fps"
                 write_video(result, target, output.receipt.fps)
             else:
-                result.save(target)
+                (opaque(result) if target.suffix.lower() in (".jpg", ".jpeg") else result).save(target)
         except OSError as error:
             raise not_written("output", target, error.strerror or str(error)) from error
     return paths

@@ -15,12 +15,13 @@ from PIL import Image
 
 from vllm_omni.entrypoints.live_requests import Watcher
 from vllm_omni.entrypoints.openai.errors import ApiError, as_api_error
-from vllm_omni.entrypoints.openai.media import base64_text, encode_picture, encode_preview, opaque
+from vllm_omni.entrypoints.openai.media import base64_text, encode_picture, encode_preview
 from vllm_omni.entrypoints.openai.protocol import PictureFields, RequestFields
 from vllm_omni.entrypoints.openai.requests import PacedPreviews, progress_event
 from vllm_omni.entrypoints.openai.server import EventStream, Server, placing_of, server_of, sse, unless_disconnected
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
+from vllm_omni.media import opaque
 from vllm_omni.outputs import OmniRequestOutput
 
 # Pixels of a picture that is encoded in the event loop: it takes 2 ms, and another thread costs the engine's more.
