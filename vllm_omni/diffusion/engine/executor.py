@@ -39,14 +39,24 @@ class Executor(Protocol):
 class InProcessExecutor:
     """One rank, in this process."""
 
-    is_alive = True
-    num_ready = 1
-
     def __init__(self, od_config: OmniDiffusionConfig, on_load_progress: LoadProgress | None = None) -> None:
         self._worker = Worker(od_config, on_load_progress)
+        self.is_alive, self.num_ready = True, 1
 
     def execute(self, command: WorkerCommand) -> WorkerResult:
-        return self._worker.execute(command)
+        try:
+            result = self._worker.execute(command)
+        except Exception:
+            self._look_at_device()
+            raise
+        if result.errors:
+            self._look_at_device()
+        return result
+
+    def _look_at_device(self) -> None:
+        """After some errors a GPU computes nothing more for this process."""
+        if not self._worker.is_usable():
+            self.is_alive, self.num_ready = False, 0
 
     def close(self) -> None:
         self._worker.close()

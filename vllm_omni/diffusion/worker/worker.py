@@ -13,7 +13,10 @@ from vllm_omni.diffusion.distributed.utils import local_device
 from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
 from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerResult
 from vllm_omni.diffusion.worker.model_runner import ModelRunner
+from vllm_omni.logger import init_logger
 from vllm_omni.platforms import get_platform
+
+logger = init_logger(__name__)
 
 
 class Worker:
@@ -41,6 +44,15 @@ class Worker:
         as_written = torch.compiler.set_stance("force_eager") if command.is_trial else contextlib.nullcontext()
         with local_device(self._device), parallel_groups(self._groups), torch.inference_mode(), as_written:
             return self._runner.execute(command)
+
+    def is_usable(self) -> bool:
+        """Whether the device still computes. An illegal access to memory, say, ends that for the whole process."""
+        try:
+            get_platform(self._device).synchronize()
+        except RuntimeError:
+            logger.exception("%s computes no more in this process; start it anew", self._device)
+            return False
+        return True
 
     def close(self) -> None:
         """Drop the model and give its memory back."""
