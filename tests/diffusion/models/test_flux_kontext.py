@@ -111,7 +111,8 @@ def test_pixels_are_those_of_diffusers(omni, reference) -> None:
 def test_a_picture_that_is_resized_is_told_in_the_log(od_config, caplog) -> None:
     with caplog.at_level("INFO", logger="vllm_omni"):
         for auto_resize in (True, False):
-            admitted(od_config, edit(picture(30, 90)), params(auto_resize=auto_resize))
+            request = admitted(od_config, edit(picture(30, 90)), params(auto_resize=auto_resize))
+            assert "multi_modal_data" not in request.prompt, "a file that is read is not kept"
     told = [record.getMessage() for record in caplog.records]
     assert told == [f"a picture of 30 x 90 pixels is brought to {size}" for size in ("672 x 1568", "16 x 80")]
 

@@ -161,6 +161,7 @@ def test_bfloat16_matches_diffusers(folders, form):
 def test_the_first_latent_frame_is_the_picture_at_every_step(omnis, form):
     omni, pipeline = omnis[form], pipeline_of(omnis[form])
     request = omni._engine.validate(prompt(), params(**SMALL))
+    assert "multi_modal_data" not in request.prompt, "a file that is read is not kept"
     with torch.inference_mode():
         encoded = encode_pixels(pipeline.vae, request.extra["pixels"])
         decoded = decode_latents(pipeline.vae, encoded)

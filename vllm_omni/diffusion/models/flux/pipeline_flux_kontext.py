@@ -75,6 +75,7 @@ def get_flux_kontext_pre_process_func(
             width, height = _nearest_trained_size(width / height, side)
         log_resize(picture, width, height)
         request.extra["image"] = processor.preprocess(picture, height, width)
+        del request.prompt["multi_modal_data"]  # the file may be large
         return request
 
     return pre_process

@@ -59,6 +59,7 @@ def prepare_picture(
     request.extra[PIXELS] = picture_pixels(picture.resize((params.width, params.height), Image.Resampling.LANCZOS))
     if image_processor is not None:
         request.extra[IMAGE_ENCODER_PIXELS] = image_processor(picture, return_tensors="pt").pixel_values
+    del request.prompt["multi_modal_data"]  # a job may wait for long, and the file be large
     return request
 
 
