@@ -10,7 +10,7 @@ import torch
 
 from tests.entrypoints.test_omni import max_difference
 from vllm_omni import AsyncOmni, Omni, OmniDiffusionSamplingParams
-from vllm_omni.entrypoints.live_requests import MAX_UNREAD_EVENTS, Watcher
+from vllm_omni.entrypoints.live_requests import MAX_UNREAD_EVENTS, LiveRequest, LiveRequests, Watcher
 from vllm_omni.errors import EngineClosedError, EngineFailureError, GenerationError, InvalidRequestError, QueueFullError
 from vllm_omni.outputs import OmniRequestOutput, StepProgress
 
@@ -46,11 +46,13 @@ async def until(condition, seconds=10):
 def test_a_model_without_a_map_is_previewed_by_its_decoder(qwen_folder, monkeypatch):
     async def run(omni):
         params = OmniDiffusionSamplingParams(height=64, width=48, num_inference_steps=3, seed=1)
-        return [event async for event in omni.generate("a red circle", params, previews={1})]
+        return [event async for event in omni.generate("a red circle", params, previews={1, 3})]
 
     with AsyncOmni(str(qwen_folder)) as omni:
         assert not omni.engine.has_quick_previews
-        monkeypatch.setattr(omni.engine, "_needs_preview", lambda request_id, step, num_steps: step in (1, 3))
+        # Also after the last step, which is shown to nobody otherwise.
+        needs = omni.live.needs_preview
+        monkeypatch.setattr(omni.engine, "_needs_preview", lambda key, step, num_steps: needs(key, step, num_steps + 1))
         first, second, third, output = asyncio.run(run(omni))
     assert first.preview.shape == (1, 64, 48, 3)
     assert second.preview is None
@@ -284,6 +286,26 @@ def test_a_watcher_that_does_not_read_keeps_little_and_hears_of_the_end():
     events = asyncio.run(fill())
     assert len(events) == MAX_UNREAD_EVENTS
     assert isinstance(events[-1], OmniRequestOutput)
+
+
+def test_a_watcher_gets_the_previews_for_which_it_asked_and_no_others():
+    async def watch():
+        live, watched = LiveRequests(), ({1, 2}, {2, 3}, frozenset())
+        watchers = [Watcher(previews=steps) for steps in watched]
+        request = LiveRequest(request_id="a", kind="image", prompt="", width=8, height=8, num_frames=None, num_steps=4)
+        live.add(request, watchers[0])
+        for watcher in watchers[1:]:
+            live.watch("a", watcher)
+        for step in range(1, 5):
+            preview = "shown" if live.needs_preview("a", step, 4) else None
+            live.tell([StepProgress(request_id="a", step=step, num_steps=4, preview=preview)])
+        live.tell([OmniRequestOutput(request_id="a", prompt=None)])
+        return [await collect(watcher.events()) for watcher in watchers]
+
+    told = asyncio.run(watch())
+    shown = [[event.step for event in events[:-1] if event.preview is not None] for events in told]
+    assert shown == [[1, 2], [2, 3], []]
+    assert [[event.step for event in events[:-1]] for events in told] == [[1, 2, 3, 4]] * 3
 
 
 def test_offline_and_online_give_the_same_picture(qwen_folder, omni):

@@ -7,6 +7,7 @@ bounded amount of memory: of progress that nobody read, the latest is kept.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 import time
 from collections import OrderedDict, deque
@@ -39,13 +40,23 @@ class Watcher:
         self.progress = progress
         self.loop = asyncio.get_running_loop()
         self._previews = previews
+        self._shown_step: int | None = None  # the step that it asked last to be shown
         self._unread: deque[RequestEvent] = deque()
         self._arrived = asyncio.Event()
 
     def needs_preview(self, step: int, num_steps: int) -> bool:
         """Asked by the engine's thread before each step."""
         previews = self._previews
-        return previews(step, num_steps) if callable(previews) else step in previews
+        is_needed = previews(step, num_steps) if callable(previews) else step in previews
+        if is_needed:
+            self._shown_step = step
+        return is_needed
+
+    def as_asked_for(self, event: RequestEvent) -> RequestEvent:
+        """The event as this watcher is to get it: without a preview for which only others asked."""
+        if isinstance(event, StepProgress) and event.preview is not None and event.step != self._shown_step:
+            return dataclasses.replace(event, preview=None)
+        return event
 
     def put(self, event: RequestEvent) -> None:
         """Called in the watcher's event loop."""
@@ -140,7 +151,8 @@ class LiveRequests:
         request = self._live.get(request_id)
         if request is None or step >= num_steps:
             return False
-        return any(watcher.needs_preview(step, num_steps) for watcher in tuple(request.watchers))
+        # Each is asked, also behind one that needs it: a watcher gets the previews for which it asked itself.
+        return bool([watcher for watcher in tuple(request.watchers) if watcher.needs_preview(step, num_steps)])
 
     def tell(self, events: Iterable[RequestEvent]) -> None:
         """Take in what happened and pass it on to the watchers: one call into each event loop."""
@@ -153,7 +165,7 @@ class LiveRequests:
                 is_final = isinstance(event, OmniRequestOutput)
                 for watcher in request.watchers:
                     if is_final or watcher.progress:
-                        by_loop.setdefault(watcher.loop, []).append((watcher, event))
+                        by_loop.setdefault(watcher.loop, []).append((watcher, watcher.as_asked_for(event)))
                 self._note(request, event)
         for loop, deliveries in by_loop.items():
             try:
