@@ -6,6 +6,9 @@ import contextlib
 import io
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 
 import av
@@ -244,6 +247,60 @@ def test_a_job_that_takes_the_server_with_it_is_given_up(video_folder, tmp_path)
         storage.add_job(job)
     with AsyncOmni(str(video_folder)) as omni, running_server(omni, storage_dir=tmp_path) as server:
         assert wait(server, job.id, "failed")["error"]["code"] == "too_many_restarts"
+
+
+def test_a_start_is_on_the_disk_before_the_work_that_may_crash(video_folder, tmp_path):
+    """A process that is killed while it prepares a job for the third time: the next one does not try again."""
+    job = Job(fields={"prompt": "a cat", "size": "48x32", "num_frames": 5, "num_inference_steps": 3}, num_starts=2)
+    with contextlib.closing(Storage(tmp_path, max_age_s=100, max_bytes=1e9)) as storage:
+        storage.add_job(job)
+    ended = subprocess.run([sys.executable, "-c", KILLED_IN_PREPARE, video_folder, tmp_path], timeout=120, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    with contextlib.closing(Storage(tmp_path, max_age_s=100, max_bytes=1e9)) as storage:
+        assert (storage.job(job.id).state, storage.job(job.id).num_starts) == ("in_progress", 3)
+    with AsyncOmni(str(video_folder)) as omni, running_server(omni, storage_dir=tmp_path) as server:
+        assert wait(server, job.id, "failed")["error"]["code"] == "too_many_restarts"
+        assert not omni.live.all(), "it is not begun once more"
+
+
+KILLED_IN_PREPARE = """
+import os, signal, sys, time
+from tests.serving import running_server
+from vllm_omni import AsyncOmni
+
+with AsyncOmni(sys.argv[1]) as omni:
+    runner = omni.engine._executor._worker._runner
+    runner.pipeline.prepare = lambda request: os.kill(os.getpid(), signal.SIGKILL)
+    with running_server(omni, storage_dir=sys.argv[2]):
+        time.sleep(60)
+"""
+
+
+def test_a_job_that_waits_again_is_called_queued(video_folder, tmp_path, monkeypatch):
+    """On the disk, after a restart and after its workers failed."""
+    job = Job(fields={"prompt": "a cat", "size": "48x32", "num_frames": 5, "num_inference_steps": 2})
+    job.state, job.num_starts = "in_progress", 1
+    with contextlib.closing(Storage(tmp_path, max_age_s=100, max_bytes=1e9)) as storage:
+        storage.add_job(job)
+    with AsyncOmni(str(video_folder)) as omni:
+        written, put_job = [], Storage.put_job
+        execute, failures = omni.engine._executor.execute, iter(range(1))
+
+        def put(storage, changed):
+            written.append((changed.state, changed.num_starts))
+            put_job(storage, changed)
+
+        def failing(command):
+            if command.step and next(failures, None) is not None:
+                raise RuntimeError("a worker is gone")
+            return execute(command)
+
+        monkeypatch.setattr(Storage, "put_job", put)
+        monkeypatch.setattr(omni.engine._executor, "execute", failing)
+        with running_server(omni, storage_dir=tmp_path) as server:
+            wait(server, job.id, "completed")
+    starts = [("queued", 1), ("in_progress", 2), ("queued", 2), ("in_progress", 3)]
+    assert written == [*starts, ("completed", 3)]
 
 
 def test_results_go_by_age_and_by_bytes_the_oldest_first(tmp_path):

@@ -68,6 +68,7 @@ class Engine:
             od_config.max_num_seqs, policy, budget, measured_batches=is_online, num_replicas=replicas
         )
         self._tracked: dict[str, TrackedRequest] = {}
+        self.begin_listeners: list[Callable[[str], object]] = []  # told a request's id before any work for it
         self._executor: Executor | None = make_executor(od_config, on_load_progress)
         # By a map they cost next to nothing. Without one the decoder makes those of pictures, each at its full cost.
         self.has_quick_previews = self._is_stepped and LatentPreview.load(od_config.model) is not None
@@ -182,6 +183,9 @@ class Engine:
         most_rows = self.od_config.max_batch_size if max_batch_size is None else max_batch_size
         command, aborted = self._scheduler.schedule(most_rows)
         outputs = [self._output(scheduled.request.request_id, "aborted") for scheduled in aborted]
+        for listener in self.begin_listeners:
+            for request in command.prepare:
+                listener(request.request_id)
         started = time.perf_counter()
         for request in command.prepare:
             self._tracked[request.request_id].scheduled = started
@@ -201,13 +205,9 @@ class Engine:
         for scheduled in self._scheduler.update(command, result):
             request_id = scheduled.request.request_id
             self._tracked[request_id].num_steps_done = scheduled.step
+            preview = result.previews.get(request_id)
             progress.append(
-                StepProgress(
-                    request_id=request_id,
-                    step=scheduled.step,
-                    num_steps=scheduled.num_steps,
-                    preview=result.previews.get(request_id),
-                )
+                StepProgress(request_id=request_id, step=scheduled.step, num_steps=scheduled.num_steps, preview=preview)
             )
         outputs += [self._output(key, "failed", error=error) for key, error in result.errors.items()]
         outputs += [self._output(key, "completed", finished=finished) for key, finished in result.finished.items()]

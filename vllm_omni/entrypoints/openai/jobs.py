@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import sqlite3
+import threading
 import time
 from typing import Any
 
@@ -12,11 +14,11 @@ from vllm_omni.entrypoints.openai.errors import ApiError, as_api_error
 from vllm_omni.entrypoints.openai.media import encode_video
 from vllm_omni.entrypoints.openai.protocol import VideoFields
 from vllm_omni.entrypoints.openai.server import Server
-from vllm_omni.entrypoints.openai.storage import Job
+from vllm_omni.entrypoints.openai.storage import Job, JobState
 from vllm_omni.errors import EngineFailureError, RankFailureError
 from vllm_omni.inputs.data import OmniPrompt
 from vllm_omni.logger import init_logger
-from vllm_omni.outputs import OmniRequestOutput, StepProgress
+from vllm_omni.outputs import OmniRequestOutput
 
 logger = init_logger(__name__)
 
@@ -31,13 +33,17 @@ class VideoJobs:
 
     def __init__(self, server: Server) -> None:
         self._server = server
+        self._jobs: dict[str, Job] = {}  # in hand: from before the engine may begin one until its task ends
+        self._changing = threading.Lock()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._sweeping: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Go on with what a former process left."""
+        self._server.omni.engine.begin_listeners.append(self._begin)
         for job in self._server.storage.unfinished_jobs():
-            job.state = "queued"
+            self._store(job, "queued")
+            self._jobs[job.id] = job
             self._spawn(job, self._resume(job))
         self._sweeping = asyncio.create_task(self._sweep())
 
@@ -55,6 +61,7 @@ class VideoJobs:
         ends = time.monotonic() + _SECONDS_TO_LET_GO
         while cut_off & {live.request_id for live in self._server.omni.live.in_progress} and time.monotonic() < ends:
             await asyncio.sleep(0.01)
+        self._server.omni.engine.begin_listeners.remove(self._begin)
 
     async def create(self, body: VideoFields, picture: bytes | None, **placing: Any) -> Job:
         """Accept a job. Raises what ``AsyncOmni.submit`` raises; then there is no job."""
@@ -63,9 +70,11 @@ class VideoJobs:
         job = Job(fields=body.model_dump(exclude_none=True, exclude_defaults=True), input_file=input_file)
         # Before it is queued: a job that was accepted must be found after a crash.
         await asyncio.to_thread(storage.add_job, job)
+        self._jobs[job.id] = job
         try:
             watcher = await self._submit(job, body, picture, **placing)
         except BaseException:
+            del self._jobs[job.id]
             storage.delete_job(job)
             raise
         self._spawn(job, self._follow(job, watcher))
@@ -83,11 +92,15 @@ class VideoJobs:
     def _spawn(self, job: Job, work: Any) -> None:
         task = asyncio.create_task(work)
         self._tasks[job.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(job.id, None))
+        task.add_done_callback(lambda _: self._forget(job.id))
+
+    def _forget(self, job_id: str) -> None:
+        self._tasks.pop(job_id, None)
+        self._jobs.pop(job_id, None)
 
     async def _submit(self, job: Job, body: VideoFields, picture: bytes | None, **placing: Any) -> Watcher:
         omni = self._server.omni
-        watcher = Watcher()
+        watcher = Watcher(progress=False)
         params = body.video_params(omni.engine)
         await omni.submit(
             video_prompt(body, picture), params, watcher=watcher, request_id=job.id, kind="video", **placing
@@ -95,6 +108,10 @@ class VideoJobs:
         return watcher
 
     async def _resume(self, job: Job) -> None:
+        if job.num_starts >= _MAX_STARTS:
+            text = f"the server or its workers ended {job.num_starts} times while this job ran; it is not tried again"
+            await self._fail(job, ApiError(500, text, code="too_many_restarts"))
+            return
         try:
             body = VideoFields.model_validate(job.fields)
             path = None if job.input_file is None else self._server.storage.file(job.input_file)
@@ -109,35 +126,35 @@ class VideoJobs:
 
     async def _follow(self, job: Job, watcher: Watcher) -> None:
         try:
-            async for event in watcher.events():
-                if isinstance(event, StepProgress) and job.state == "queued":
-                    await self._begin(job)
-                elif isinstance(event, OmniRequestOutput):
-                    await self._end(job, event)
+            output = await watcher.get()
+            assert isinstance(output, OmniRequestOutput), "a watcher without progress gets the result alone"
+            await self._end(job, output)
         except Exception as error:
             logger.exception("the job %s failed", job.id)
             await self._fail(job, as_api_error(error))
         finally:
             self._server.omni.abort(job.id)
 
-    async def _begin(self, job: Job) -> None:
-        job.state, job.num_starts = "in_progress", job.num_starts + 1
-        if job.num_starts > _MAX_STARTS:
-            text = f"the server or its workers ended {_MAX_STARTS} times while this job ran; it is not tried again"
-            await self._fail(job, ApiError(500, text, code="too_many_restarts"))
-            self._server.omni.abort(job.id)
-            return
-        await asyncio.to_thread(self._server.storage.put_job, job)
+    def _begin(self, request_id: str) -> None:
+        """Count a start on the disk. The engine's thread calls it before work that may take the process down."""
+        job = self._jobs.get(request_id)
+        if job is None:
+            return  # another kind of request
+        try:
+            self._store(job, "in_progress", num_starts=job.num_starts + 1)
+        except (OSError, sqlite3.Error):
+            logger.exception("the job %s begins, but its start could not be counted", job.id)
 
     async def _end(self, job: Job, output: OmniRequestOutput) -> None:
         if job.state == "failed" or (output.finish_reason == "aborted" and self._server.is_draining):
             return  # told already, or left for the next process
         if not output.finished:
             if isinstance(output.error, RankFailureError | EngineFailureError):
-                job.num_starts += job.state == "queued"  # it did not come to its first step
-                if job.num_starts < _MAX_STARTS:
+                # A failure of the whole engine also ends jobs that wait, and would do so for ever.
+                num_starts = job.num_starts + (job.state == "queued")
+                if num_starts < _MAX_STARTS:
                     logger.warning("the job %s starts again: %s", job.id, output.error)
-                    job.state = "queued"
+                    await asyncio.to_thread(self._store, job, "queued", num_starts=num_starts)
                     await self._resume(job)
                     return
             error = output.error or ApiError(409, f"{job.id} was cancelled", code="cancelled")
@@ -147,13 +164,20 @@ class VideoJobs:
         fps = output.receipt.fps
         assert fps is not None, "a video model resolves fps"
         content = await asyncio.to_thread(encode_video, output.images[0], fps)
-        job.file = await asyncio.to_thread(self._server.storage.put_file, content, "mp4")
-        job.state, job.completed, job.result = "completed", int(time.time()), self._server.receipt(output)
-        await asyncio.to_thread(self._server.storage.put_job, job)
+        file = await asyncio.to_thread(self._server.storage.put_file, content, "mp4")
+        ended = {"completed": int(time.time()), "file": file, "result": self._server.receipt(output)}
+        await asyncio.to_thread(self._store, job, "completed", **ended)
 
     async def _fail(self, job: Job, error: ApiError) -> None:
-        job.state, job.completed, job.error = "failed", int(time.time()), error.body()["error"]
-        await asyncio.to_thread(self._server.storage.put_job, job)
+        ended = {"completed": int(time.time()), "error": error.body()["error"]}
+        await asyncio.to_thread(self._store, job, "failed", **ended)
+
+    def _store(self, job: Job, state: JobState, **changes: Any) -> None:
+        """Change a job on the disk, then here. The engine's thread and those of the server take turns."""
+        with self._changing:
+            changed = dataclasses.replace(job, state=state, **changes)
+            self._server.storage.put_job(changed)
+            vars(job).update(vars(changed))
 
     async def _sweep(self) -> None:
         while True:
