@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import av
@@ -195,6 +196,50 @@ def test_unfinished_jobs_run_again_in_the_next_server_and_finished_ones_are_ther
         with running_server(omni, storage_dir=tmp_path) as second:
             assert frames_of(second.call("GET", f"/v1/videos/{done}/content")[2]) == 5
             assert wait(second, cut_off, "completed")["receipt"]["num_inference_steps"] == 400
+
+
+@pytest.mark.parametrize("step_ends_after_s", [0, 2])
+def test_a_job_that_is_cancelled_while_its_server_ends_does_not_come_back(
+    video_folder, tmp_path, monkeypatch, step_ends_after_s
+):
+    """Also where the server, which has a second, ends before the step behind which the engine would end the job."""
+    with AsyncOmni(str(video_folder)) as omni:
+        execute, step_may_end = omni.engine._executor.execute, threading.Event()
+
+        def held(command):
+            step_may_end.wait(timeout=60)
+            return execute(command)
+
+        monkeypatch.setattr(omni.engine._executor, "execute", held)
+        with running_server(omni, storage_dir=tmp_path, drain_timeout_s=2) as server:
+            job = server.call("POST", "/v1/videos", LONG)[2]["id"]
+            wait(server, job, "in_progress")
+            server.http_server.should_exit = True
+            server.wait_until(lambda: server.http_server.state.is_draining)
+            assert server.call("DELETE", f"/v1/requests/{job}")[0] == 200
+            threading.Timer(step_ends_after_s, step_may_end.set).start()
+        assert step_may_end.is_set()
+    with contextlib.closing(Storage(tmp_path, max_age_s=100, max_bytes=1e9)) as storage:
+        assert (storage.job(job).state, storage.job(job).error["code"]) == ("failed", "cancelled")
+
+
+def test_a_job_that_is_cancelled_stays_so_though_its_workers_fail(video_server, monkeypatch):
+    executor, may_fail = video_server.omni.engine._executor, threading.Event()
+
+    def failing(command):
+        may_fail.wait(timeout=60)
+        monkeypatch.undo()
+        raise RuntimeError("a worker is gone")
+
+    monkeypatch.setattr(executor, "execute", failing)
+    job = video_server.call("POST", "/v1/videos", LONG)[2]["id"]
+    wait(video_server, job, "in_progress")
+    video_server.call("DELETE", f"/v1/requests/{job}")
+    may_fail.set()
+    video_server.wait_until(lambda: video_server.omni.live.find(job).is_finished)
+    time.sleep(0.2)
+    assert video_server.omni.live.find(job).is_finished, "it does not start again"
+    assert wait(video_server, job, "failed")["error"]["code"] == "cancelled"
 
 
 def test_a_job_that_runs_again_keeps_its_place(video_server, monkeypatch):

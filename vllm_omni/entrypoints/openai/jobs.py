@@ -89,6 +89,12 @@ class VideoJobs:
         self._server.omni.abort(job.id)
         await asyncio.to_thread(self._server.storage.delete_job, job)
 
+    async def cancel(self, request_id: str) -> None:
+        """Write at once that a client ended a job: the process may end before the engine comes to it."""
+        job = self._jobs.get(request_id)
+        if job is not None:
+            await self._fail(job, _cancelled(job))
+
     def _spawn(self, job: Job, work: Any) -> None:
         task = asyncio.create_task(work)
         self._tasks[job.id] = task
@@ -147,18 +153,17 @@ class VideoJobs:
 
     async def _end(self, job: Job, output: OmniRequestOutput) -> None:
         if job.state == "failed" or (output.finish_reason == "aborted" and self._server.is_draining):
-            return  # told already, or left for the next process
+            return  # cancelled, or left for the next process
         if not output.finished:
             if isinstance(output.error, RankFailureError | EngineFailureError):
                 # A failure of the whole engine also ends jobs that wait, and would do so for ever.
                 num_starts = job.num_starts + (job.state == "queued")
                 if num_starts < _MAX_STARTS:
                     logger.warning("the job %s starts again: %s", job.id, output.error)
-                    await asyncio.to_thread(self._store, job, "queued", num_starts=num_starts)
-                    await self._resume(job)
+                    if await asyncio.to_thread(self._store, job, "queued", num_starts=num_starts):
+                        await self._resume(job)
                     return
-            error = output.error or ApiError(409, f"{job.id} was cancelled", code="cancelled")
-            await self._fail(job, as_api_error(error))
+            await self._fail(job, as_api_error(output.error or _cancelled(job)))
             return
         assert output.receipt is not None, "a finished request has a receipt"
         fps = output.receipt.fps
@@ -172,12 +177,18 @@ class VideoJobs:
         ended = {"completed": int(time.time()), "error": error.body()["error"]}
         await asyncio.to_thread(self._store, job, "failed", **ended)
 
-    def _store(self, job: Job, state: JobState, **changes: Any) -> None:
-        """Change a job on the disk, then here. The engine's thread and those of the server take turns."""
+    def _store(self, job: Job, state: JobState, **changes: Any) -> bool:
+        """Change a job on the disk, then here. False for one that has ended: what was cancelled stays so.
+
+        The engine's thread and those of the server take turns.
+        """
         with self._changing:
+            if job.completed is not None:
+                return False
             changed = dataclasses.replace(job, state=state, **changes)
             self._server.storage.put_job(changed)
             vars(job).update(vars(changed))
+            return True
 
     async def _sweep(self) -> None:
         while True:
@@ -186,6 +197,10 @@ class VideoJobs:
             except (OSError, sqlite3.Error):
                 logger.exception("old results could not be dropped")
             await asyncio.sleep(_SECONDS_BETWEEN_SWEEPS)
+
+
+def _cancelled(job: Job) -> ApiError:
+    return ApiError(409, f"{job.id} was cancelled", code="cancelled")
 
 
 def video_prompt(body: VideoFields, picture: bytes | None) -> OmniPrompt:

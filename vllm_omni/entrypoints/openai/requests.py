@@ -12,6 +12,7 @@ from pydantic import Field
 
 from vllm_omni.entrypoints.live_requests import LiveRequest, RequestEvent, Watcher
 from vllm_omni.entrypoints.openai.errors import ApiError, as_api_error
+from vllm_omni.entrypoints.openai.jobs import VideoJobs
 from vllm_omni.entrypoints.openai.media import data_url, encode_preview
 from vllm_omni.entrypoints.openai.protocol import StrictModel
 from vllm_omni.entrypoints.openai.server import EventStream, Server, server_of, sse
@@ -56,6 +57,8 @@ async def cancel_request(request_id: str, request: Request) -> dict[str, Any]:
     live = _found(server, request_id)
     if not server.omni.abort(request_id):
         raise _ended(live)
+    jobs: VideoJobs = request.app.state.jobs
+    await jobs.cancel(request_id)
     return {"id": request_id, "object": "request.cancelled", "cancelled": True}
 
 
