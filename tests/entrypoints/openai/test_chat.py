@@ -8,10 +8,12 @@ import io
 import openai
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from tests import tiny_flux
 from tests.serving import differ_by, running_server
 from vllm_omni import AsyncOmni
+from vllm_omni.entrypoints.openai.chat import ChatFields
 
 EXTRA = {"size": "64x64", "num_inference_steps": 2, "seed": 1}
 
@@ -121,6 +123,13 @@ def test_the_format_of_pictures_means_nothing_to_a_model_of_videos(video_server)
         ({"messages": [{"role": "user", "content": []}]}, "messages"),
         ({"messages": messages("a", "https://example.com/a.png")}, "messages"),
         ({"messages": messages("a", "data:image/png;base64,AAAA")}, "messages"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages.0.content.0"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content.0.text"),
+        ({"messages": messages("a", 5)}, "messages.0.content.1.image_url.url"),
+        ({"messages": messages("a", *["data:image/png;base64,AAAA"] * 64)}, "messages.0.content"),
+        ({"messages": messages("a"), "modalities": ["image"] * 9}, "modalities"),
+        ({"messages": messages("a"), "sigmas": [0.5] * 10_001}, "sigmas"),
         ({"messages": messages("a"), "temperature": 1}, "temperature"),
         ({"messages": messages("a"), "n": 1, "num_outputs_per_prompt": 2}, "n"),
         ({"messages": messages("a"), "modalities": ["video"]}, "modalities"),
@@ -130,6 +139,24 @@ def test_the_format_of_pictures_means_nothing_to_a_model_of_videos(video_server)
 def test_bad_input_names_the_field(server, fields, param):
     status, _, answer = server.call("POST", "/v1/chat/completions", fields)
     assert (status, answer["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"content": ["x"] * 64}, "must be an object with the type 'text' or 'image_url'"),
+        ({"content": ["x"] * 65}, "messages.0.content holds 65 entries; at most 64 are taken"),
+        ({"modalities": ["x"] * 8}, "should be 'image' or 'video'"),
+        ({"modalities": ["x"] * 9}, "modalities holds 9 entries; at most 8 are taken"),
+        ({"timesteps": ["x"] * 10_000}, "should be a valid number"),
+        ({"timesteps": ["x"] * 10_001}, "timesteps holds 10001 entries; at most 10000 are taken"),
+    ],
+)
+def test_a_list_of_wrong_entries_makes_one_error(fields, message):
+    given = {"content": "a"} | fields
+    with pytest.raises(ValidationError, match=message) as caught:
+        ChatFields(messages=[{"role": "user", "content": given.pop("content")}], **given)
+    assert caught.value.error_count() == 1
 
 
 def test_a_conversation_is_refused_with_the_reason(server):

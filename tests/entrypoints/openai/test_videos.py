@@ -122,6 +122,7 @@ def test_pages_of_jobs_follow_each_other(video_server):
         ({"seconds": "4", "num_frames": 5}, "seconds"),
         ({"seconds": "soon"}, "seconds"),
         ({"seconds": -1}, "seconds"),
+        ({"seconds": [4]}, "seconds"),
         ({"n": 2}, "n"),
         ({"model": "sora-2"}, "model"),
         ({"prompt": 5}, "prompt"),

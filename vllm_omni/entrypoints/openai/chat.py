@@ -5,23 +5,26 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from vllm_omni.entrypoints.live_requests import Watcher
 from vllm_omni.entrypoints.openai.errors import ApiError, as_api_error
 from vllm_omni.entrypoints.openai.media import base64_text, data_url, encode_picture, encode_video
 from vllm_omni.entrypoints.openai.pictures import as_sent
-from vllm_omni.entrypoints.openai.protocol import ImageFormat, RequestFields, StrictModel
+from vllm_omni.entrypoints.openai.protocol import AtMost, ImageFormat, RequestFields, StrictModel
 from vllm_omni.entrypoints.openai.server import EventStream, Server, placing_of, server_of, sse, unless_disconnected
 from vllm_omni.errors import InvalidRequestError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPrompt
 from vllm_omni.outputs import OmniRequestOutput
 
 router = APIRouter(prefix="/v1/chat", tags=["chat"])
+
+_MAX_PARTS = 64
+_MAX_MODALITIES = 8
 
 
 class TextPart(StrictModel):
@@ -45,11 +48,41 @@ class PicturePart(StrictModel):
     image_url: PictureAddress
 
 
+def _part_tag(part: Any) -> str | None:
+    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return f"<{kind}>" if kind in ("text", "image_url") else None
+
+
+def _content_tag(content: Any) -> str | None:
+    return "<str>" if isinstance(content, str) else "<list>" if isinstance(content, list) else None
+
+
+# Each of these is checked as what it says it is, so that an error is one, and of that. validation_error knows the tags.
+_Part = Annotated[
+    Union[Annotated[TextPart, Tag("<text>")], Annotated[PicturePart, Tag("<image_url>")]],
+    Discriminator(
+        _part_tag,
+        custom_error_type="part_type",
+        custom_error_message="a part must be an object with the type 'text' or 'image_url'",
+    ),
+]
+_Content = Annotated[
+    Union[
+        Annotated[str, Tag("<str>")], Annotated[list[_Part], AtMost(_MAX_PARTS, "messages.0.content"), Tag("<list>")]
+    ],
+    Discriminator(
+        _content_tag,
+        custom_error_type="content_type",
+        custom_error_message="it must be a text, or a list of parts of the type 'text' or 'image_url'",
+    ),
+]
+
+
 class Message(StrictModel):
     """What the user says."""
 
     role: Literal["user"] = Field(description="a diffusion model remembers nothing: one message of the user is all")
-    content: str | list[Union[TextPart, PicturePart]]
+    content: _Content
 
 
 class ChatFields(RequestFields):
@@ -60,7 +93,9 @@ class ChatFields(RequestFields):
     )
     n: int | None = Field(None, ge=1, le=16, description="number of outputs, all in one answer")
     num_outputs_per_prompt: int | None = Field(None, ge=1, le=16, description="as n")
-    modalities: list[Literal["image", "video"]] | None = Field(None, description="what is expected in the answer")
+    modalities: Annotated[list[Literal["image", "video"]], AtMost(_MAX_MODALITIES)] | None = Field(
+        None, description="what is expected in the answer"
+    )
     output_format: ImageFormat = Field("png", description="file format of pictures")
     stream: bool = Field(False, description="server-sent events")
 

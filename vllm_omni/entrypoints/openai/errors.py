@@ -27,6 +27,7 @@ logger = init_logger(__name__)
 
 _MAX_SHOWN = 100
 _MAX_MESSAGE = 2000
+_SOURCES = ("body", "query", "path", "header")
 # OpenAI's clients send a request again after these, unless they are told not to: one that was cancelled would run anew.
 _NOT_TO_BE_RETRIED = (409, 501)
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -130,7 +131,8 @@ def validation_error(errors: list[Any]) -> ApiError:
         return as_api_error(raised)
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json", param="body")
-    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    # What stands in <> is no field but which one of several types was meant.
+    path = [part for part in map(str, first["loc"]) if part not in _SOURCES and not part.startswith("<")]
     if not path:
         expected = "the body must be a JSON object, sent with the header Content-Type: application/json"
         return ApiError(400, expected, code="invalid_body", param="body")

@@ -6,13 +6,23 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
 
 from vllm_omni.diffusion.engine.engine import Engine
 from vllm_omni.errors import InvalidRequestError, nearest_name
-from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.inputs.data import MAX_STEPS, OmniDiffusionSamplingParams
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 
@@ -30,6 +40,33 @@ _USUAL_NAMES = {
     "num_images": "n",
     "num_images_per_prompt": "n",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class AtMost:
+    """Of a list: a longer one is refused unread, and the first wrong entry ends the check.
+
+    Else a body of wrong entries makes an error of each, which take a thousand times its memory. ``param`` is the name
+    of the field in errors, where it is not its own.
+    """
+
+    most: int
+    param: str | None = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        param = str(self.param or handler.field_name)
+
+        def check(values: Any) -> Any:
+            if isinstance(values, list) and len(values) > self.most:
+                text = f"{param} holds {len(values)} entries; at most {self.most} are taken, so shorten it"
+                raise InvalidRequestError(text, param=param)
+            return values
+
+        entries = {**handler(source), "fail_fast": True}
+        return core_schema.no_info_before_validator_function(check, cast(CoreSchema, entries))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), "maxItems": self.most}
 
 
 class StrictModel(BaseModel):
@@ -83,7 +120,9 @@ def _sampling_fields() -> dict[str, Any]:
 def _json_type(hint: Any) -> Any:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    return list[float] if typing.get_origin(hint) not in (None, dict) else hint
+    if typing.get_origin(hint) in (None, dict):
+        return hint
+    return Annotated[list[float], AtMost(MAX_STEPS)]
 
 
 SamplingFields: type[StrictModel] = create_model("SamplingFields", __base__=StrictModel, **_sampling_fields())
@@ -187,6 +226,15 @@ class VideoFields(GenerationFields):
 
     seconds: str | float | None = Field(None, description="length, instead of num_frames")
     input_reference: PictureReference | None = Field(None, description="the picture that it starts from")
+
+    @field_validator("seconds", mode="before")
+    @classmethod
+    def _check_seconds(cls, seconds: Any) -> Any:
+        # Of a union pydantic would tell the error of each type, under the name of that type.
+        if isinstance(seconds, bool) or not isinstance(seconds, (str, int, float)):
+            kind = type(seconds).__name__
+            raise InvalidRequestError(f"seconds must be a number, or the text of one, not {kind}", param="seconds")
+        return seconds
 
     def video_params(self, engine: Engine) -> OmniDiffusionSamplingParams:
         """Raises ``InvalidRequestError`` that names the field."""
