@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import http.client
 import io
+import json
+import threading
 
 import openai
 import pytest
@@ -106,6 +110,27 @@ def test_pictures_of_a_message_are_edited(tmp_path):
         with pytest.raises(openai.BadRequestError) as caught:
             client.images.edit(image=("red.png", file.getvalue()), mask=("m.png", file.getvalue()), prompt="x")
         assert caught.value.param == "mask"
+
+
+def test_a_client_that_leaves_ends_the_fetching_of_its_pictures(server, monkeypatch):
+    begun, ended = threading.Event(), threading.Event()
+
+    async def fetch_for_ever(urls, param):
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(server.http_server.state, "check_pictures", lambda *_: None)
+    monkeypatch.setattr(server.http_server.state.media, "fetch", fetch_for_ever)
+    host, port = server.address.removeprefix("http://").split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
+    body = json.dumps({"messages": messages("a", "https://pictures.test/a.png")})
+    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    assert begun.wait(timeout=60)
+    connection.close()
+    assert ended.wait(timeout=60)
 
 
 def test_the_format_of_pictures_means_nothing_to_a_model_of_videos(video_server):

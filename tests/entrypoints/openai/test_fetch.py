@@ -6,6 +6,7 @@ import asyncio
 import http.server
 import socket
 import threading
+import time
 
 import pytest
 
@@ -15,7 +16,18 @@ from vllm_omni.errors import InvalidRequestError
 
 
 class Site(http.server.BaseHTTPRequestHandler):
+    left = threading.Semaphore(0)  # a client went away from an answer without an end
+
     def do_GET(self):
+        if self.path in ("/endless", "/endless-head"):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"\r\n" if self.path == "/endless" else b"X-Slow: "))
+            try:
+                while True:
+                    self.wfile.write(b"x")
+                    time.sleep(0.02)
+            except OSError:
+                self.left.release()
+            return
         redirects = self.path.startswith("/redirect")
         self.send_response(302 if redirects else 200)
         if redirects:
@@ -37,7 +49,7 @@ def port():
 
 
 def get(url, *allowed):
-    return asyncio.run(MediaFetcher(allowed).fetch(url, "image"))
+    return asyncio.run(MediaFetcher(allowed).fetch([url], "image"))[0]
 
 
 @pytest.fixture
@@ -49,6 +61,66 @@ def resolves(monkeypatch):
         monkeypatch.setattr(fetch.socket, "getaddrinfo", lambda *_, **__: entries)
 
     return to
+
+
+@pytest.fixture
+def leads_here(port, resolves, monkeypatch):
+    """Let every name lead to the site of this test."""
+
+    def here(address, timeout):
+        connection = socket.socket()
+        connection.settimeout(timeout)
+        connection.connect(("127.0.0.1", port))
+        return connection
+
+    resolves("93.184.216.34")
+    monkeypatch.setattr(fetch.socket, "create_connection", here)
+
+
+@pytest.mark.parametrize("path", ["endless", "endless-head"])
+def test_a_host_that_never_ends_is_left_when_the_time_of_the_request_is_over(leads_here, monkeypatch, path):
+    monkeypatch.setattr(fetch, "_MAX_SECONDS", 0.3)
+    start = time.monotonic()
+    with pytest.raises(InvalidRequestError, match=r"could not be fetched within 0\.3 s"):
+        get(f"http://pictures.test/{path}", "pictures.test")
+    assert time.monotonic() - start < 5
+    assert Site.left.acquire(timeout=5), "its thread is free again"
+
+
+def test_a_request_that_is_given_up_ends_its_download(leads_here):
+    async def leave():
+        fetching = asyncio.ensure_future(
+            MediaFetcher(("pictures.test",)).fetch(["http://pictures.test/endless"], "image")
+        )
+        await asyncio.sleep(0.3)
+        fetching.cancel()
+        await asyncio.wait([fetching])
+
+    asyncio.run(leave())
+    assert Site.left.acquire(timeout=5)
+
+
+def test_the_pictures_of_a_request_are_bounded_together(leads_here, monkeypatch):
+    url = "http://pictures.test/a.png"  # 24 bytes
+    monkeypatch.setattr(fetch, "_MAX_BYTES_IN_ALL", 50)
+    fetcher = MediaFetcher(("pictures.test",))
+    assert len(asyncio.run(fetcher.fetch([url] * 2, "image"))) == 2
+    with pytest.raises(InvalidRequestError, match="more than 0 MB together"):
+        asyncio.run(fetcher.fetch([url] * 3, "image"))
+    with pytest.raises(InvalidRequestError, match="image has 17 pictures; at most 16 are taken"):
+        asyncio.run(fetcher.fetch(["http://elsewhere.test/"] * 17, "image"))
+
+
+def test_fetches_have_threads_of_their_own(leads_here, monkeypatch):
+    names, found = [], socket.getaddrinfo
+
+    def resolve(*args, **options):
+        names.append(threading.current_thread().name)
+        return found(*args, **options)
+
+    monkeypatch.setattr(fetch.socket, "getaddrinfo", resolve)
+    assert get("http://pictures.test/a.png", "pictures.test")
+    assert names[0].startswith("vllm-omni-fetch")
 
 
 def test_an_allowed_domain_is_fetched_from_the_address_that_was_checked(port, resolves, monkeypatch):

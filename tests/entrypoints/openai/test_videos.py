@@ -157,7 +157,10 @@ def test_what_is_not_there_is_a_404(video_server, path, param):
 def test_a_model_answers_only_for_what_it_makes(video_server, server):
     status, _, answer = video_server.call("POST", "/v1/images/generations", {"prompt": "a cat"})
     assert (status, answer["error"]["code"]) == (400, "unsupported_model")
-    assert server.call("POST", "/v1/videos", {"prompt": "a cat"})[2]["error"]["code"] == "unsupported_model"
+    picture = {"input_reference": {"image_url": "https://pictures.test/is/not/fetched.png"}}
+    for fields in ({}, picture):
+        answer = server.call("POST", "/v1/videos", {"prompt": "a cat"} | fields)[2]
+        assert answer["error"]["code"] == "unsupported_model"
     status, _, answer = server.call("POST", "/v1/audio/speech", {"input": "hello"})
     assert (status, answer["error"]["param"]) == (501, "model")
 

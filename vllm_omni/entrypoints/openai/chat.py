@@ -131,7 +131,7 @@ async def complete_chat(body: ChatFields, request: Request) -> Response:
         )
     if kind == "video" and "output_format" in body.model_fields_set:
         raise InvalidRequestError("output_format is that of pictures; the model makes videos", param="output_format")
-    prompt = await _prompt(server, body)
+    prompt = await _prompt(request, body)
     try:
         params = body.sampling_params(body.num_outputs)
         if body.stream:
@@ -146,7 +146,8 @@ async def complete_chat(body: ChatFields, request: Request) -> Response:
     return JSONResponse({**_head(server, output.request_id), "choices": [choice], **_tail(server, output)})
 
 
-async def _prompt(server: Server, body: ChatFields) -> OmniPrompt:
+async def _prompt(request: Request, body: ChatFields) -> OmniPrompt:
+    server = server_of(request)
     content = body.messages[0].content
     parts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
     texts = [part.text for part in parts if isinstance(part, TextPart)]
@@ -155,10 +156,11 @@ async def _prompt(server: Server, body: ChatFields) -> OmniPrompt:
     prompt: OmniPrompt = {"prompt": "\n".join(texts)}
     if body.negative_prompt is not None:
         prompt["negative_prompt"] = body.negative_prompt
-    pictures = [part.image_url.url for part in parts if isinstance(part, PicturePart)]
-    server.check_pictures(len(pictures), "messages", "as a part of type image_url")
-    if pictures:
-        prompt["multi_modal_data"] = {"image": [await server.media.fetch(url, "messages") for url in pictures]}
+    addresses = [part.image_url.url for part in parts if isinstance(part, PicturePart)]
+    server.check_pictures(len(addresses), "messages", "as a part of type image_url")
+    if addresses:
+        pictures = await unless_disconnected(request, server.media.fetch(addresses, "messages"))
+        prompt["multi_modal_data"] = {"image": pictures}
     return prompt
 
 

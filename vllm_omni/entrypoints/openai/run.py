@@ -116,6 +116,7 @@ class HttpServer(uvicorn.Server):
         self._drain()
         self.config.timeout_graceful_shutdown = math.ceil(max(0.0, self.state.drain_until - time.monotonic()))
         await super().shutdown(sockets)
+        self.state.media.close()
         self.state.storage.close()
 
     @contextmanager

@@ -160,12 +160,13 @@ async def _read(request: Request) -> tuple[VideoFields, bytes | None]:
     if len(files[_REFERENCE]) + len(addresses) > 1:
         text = f"{_REFERENCE} is given twice; a video starts from one picture"
         raise ApiError(400, text, code="invalid_value", param=_REFERENCE)
-    pictures = files[_REFERENCE] + [await server.media.fetch(address, _REFERENCE) for address in addresses]
-    picture = pictures[0] if pictures else None
     server.check_model(body.model)
     server.check_kind("video", "/v1/images/generations")
-    server.check_pictures(int(picture is not None), _REFERENCE, f"as {_REFERENCE}")
-    return body, picture
+    server.check_pictures(len(files[_REFERENCE]) + len(addresses), _REFERENCE, f"as {_REFERENCE}")
+    pictures = files[_REFERENCE]
+    if addresses:
+        pictures = await unless_disconnected(request, server.media.fetch(addresses, _REFERENCE))
+    return body, pictures[0] if pictures else None
 
 
 async def _from_json(request: Request) -> VideoFields:
