@@ -193,7 +193,10 @@ def test_a_failure_of_the_workers_takes_those_in_progress_and_the_engine_goes_on
 
 
 def test_a_failure_inside_the_engine_gives_errors_to_all_and_the_engine_goes_on(qwen_folder, monkeypatch):
+    told = []
+
     async def run(omni):
+        omni.listeners.append(lambda completed: told.extend(completed.outputs))
         step = omni.engine.step
         monkeypatch.setattr(omni.engine, "step", lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
         results = await asyncio.gather(
@@ -206,6 +209,7 @@ def test_a_failure_inside_the_engine_gives_errors_to_all_and_the_engine_goes_on(
         results, again = asyncio.run(run(omni))
     assert all(isinstance(result.__cause__, EngineFailureError) for result in results)
     assert again.finished
+    assert [output.finish_reason for output in told] == ["failed", "failed", "completed"], "metrics count them"
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_again(qwen_folder):

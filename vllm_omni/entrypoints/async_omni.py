@@ -267,10 +267,11 @@ class AsyncOmni:
         error = None
         if cause is not None:
             error = EngineFailureError(f"the engine failed ({first_line(cause)}); send the request again")
-        self.live.tell(
+        outputs = [
             OmniRequestOutput(request_id=key, prompt=None, finished=False, finish_reason=reason, error=error)
             for key in self.engine.discard_all()
-        )
+        ]
+        self._tell(EngineRound(progress=[], outputs=outputs))
 
 
 def raise_if_failed(output: OmniRequestOutput) -> None:

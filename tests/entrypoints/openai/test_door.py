@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import http.client
 import itertools
 import json
+import logging
 import socket
 import threading
 import time
@@ -30,6 +32,12 @@ def guarded(shipped_omni):
         shipped_omni, api_key="secret", max_body_mb=1, served_model_name="shapes", allowed_origins=("https://a.test",)
     ) as running:
         yield running
+
+
+def series(server, name):
+    """The value of a metric."""
+    text = server.call("GET", "/metrics")[2].decode()
+    return next((float(line.split()[-1]) for line in text.splitlines() if line.startswith(name)), 0.0)
 
 
 def connected(server):
@@ -171,6 +179,28 @@ def test_all_uploads_together_are_bounded_and_a_text_gets_through(shipped_omni):
         server.wait_until(lambda: gate._uploaded == 0)
 
 
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        (GENERATIONS, "application/json"),
+        ("/v1/videos", "application/json"),
+        ("/v1/videos", "multipart/form-data; boundary=XX"),
+        ("/v1/images/edits", "multipart/form-data; boundary=XX"),
+    ],
+)
+def test_a_client_that_leaves_while_it_sends_is_no_failure_of_the_server(server, caplog, path, kind):
+    def num_left():
+        return series(server, 'vllm_omni_http_responses_total{method="POST",status="499"}')
+
+    before = num_left()
+    with connected(server) as leaving:
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: 1000\r\n\r\n"
+        leaving.sendall(head.encode() + b"--XX\r\nContent-Disposition: form-data; name=")
+        time.sleep(0.1)
+    server.wait_until(lambda: num_left() == before + 1, seconds=10)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 @pytest.mark.parametrize("path", ["/", "/health", "/ready", "/metrics", "/v1/models", "/ui/style.css"])
 def test_head_tells_what_get_would(server, path):
     status, headers, content = server.call("HEAD", path)
@@ -306,10 +336,7 @@ def test_browsers_may_call_only_from_origins_that_are_allowed(server, guarded):
 
 
 def test_metrics_count_what_happened(server, client):
-    def value(name):
-        text = server.call("GET", "/metrics")[2].decode()
-        return next((float(line.split()[-1]) for line in text.splitlines() if line.startswith(name)), 0.0)
-
+    value = functools.partial(series, server)
     before = value('vllm_omni_requests_total{state="completed"}'), value("vllm_omni_steps_total")
     client.images.generate(prompt="a red circle", **SMALL)
     after = value('vllm_omni_requests_total{state="completed"}'), value("vllm_omni_steps_total")

@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from vllm_omni.errors import (
     EngineClosedError,
@@ -79,6 +80,8 @@ def as_api_error(error: BaseException, *, log: bool = True) -> ApiError:
         return as_api_error(error.__cause__, log=log)
     if isinstance(error, InvalidRequestError):
         return ApiError(400, str(error), code="invalid_value", param=error.param)
+    if isinstance(error, ClientDisconnect):
+        return client_left()
     if isinstance(error, QueueFullError):
         retry_after = str(max(1, math.ceil(error.retry_after_s)))
         return ApiError(429, str(error), code="queue_full", headers={"Retry-After": retry_after})
@@ -102,6 +105,11 @@ def shutting_down() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10"})
 
 
+def client_left() -> ApiError:
+    """Nobody reads it; it is counted."""
+    return ApiError(499, "the client went away", code="client_disconnected")
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Bring what routes and FastAPI raise into one form."""
 
@@ -119,7 +127,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, tell_validation)
     app.add_exception_handler(HTTPException, tell_http)
     app.add_exception_handler(Exception, tell)
-    for kind in (ApiError, InvalidRequestError, QueueFullError, EngineClosedError, GenerationError):
+    for kind in (ApiError, InvalidRequestError, ClientDisconnect, QueueFullError, EngineClosedError, GenerationError):
         app.add_exception_handler(kind, tell)
 
 
@@ -157,6 +165,8 @@ def _validation_error(error: RequestValidationError) -> ApiError:
 def _http_error(error: HTTPException) -> ApiError:
     if isinstance(error, BodyRefusedError):
         return error.error
+    if isinstance(error.__cause__, ClientDisconnect):  # FastAPI says of a body that ended so that it cannot be read
+        return client_left()
     texts = {
         404: "there is no such path; GET /openapi.json lists what there is",
         405: "this path does not take this method; GET /openapi.json lists what there is",

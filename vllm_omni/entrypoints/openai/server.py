@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from vllm_omni.entrypoints.async_omni import AsyncOmni
 from vllm_omni.entrypoints.openai.config import ServerConfig
-from vllm_omni.entrypoints.openai.errors import ApiError, shutting_down
+from vllm_omni.entrypoints.openai.errors import ApiError, client_left, shutting_down
 from vllm_omni.entrypoints.openai.fetch import MediaFetcher
 from vllm_omni.entrypoints.openai.protocol import RequestFields
 from vllm_omni.entrypoints.openai.storage import Storage
@@ -125,7 +125,7 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, _T]) -
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise ApiError(499, "the client went away", code="client_disconnected")
+        raise client_left()
     finally:
         leaving.cancel()
         working.cancel()
