@@ -57,8 +57,11 @@ def test_a_chat_streams_and_ends_as_openais_do(client, server):
     assert chunks[-1].choices[0].finish_reason == "stop"
     assert chunks[-1].receipt["seeds"] == [1]
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
-    with pytest.raises(openai.APIError, match="max_sequence_length"):
-        list(client.chat.completions.create(model=None, messages=messages("red " * 600), stream=True, extra_body=EXTRA))
+    for stream in (True, False):
+        long = {"model": None, "messages": messages("red " * 600), "stream": stream, "extra_body": EXTRA}
+        with pytest.raises(openai.APIError, match="max_sequence_length") as caught:
+            list(client.chat.completions.create(**long))
+        assert caught.value.param == "messages"
 
 
 def test_pictures_of_a_message_are_edited(tmp_path):

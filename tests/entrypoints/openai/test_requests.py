@@ -139,7 +139,8 @@ def test_ids_come_back_and_bad_or_used_ones_are_refused(server, in_background):
     status, _, answer = server.call(
         "POST", "/v1/images/generations", {"prompt": "a cat", "size": "64x64"}, {"X-Request-Id": "used"}
     )
-    assert (status, answer["error"]["param"]) == (400, "request_id")
+    assert (status, answer["error"]["param"]) == (400, "X-Request-Id")
+    assert answer["error"]["message"].startswith("X-Request-Id='used' is in use")
     status, headers, answer = server.call("GET", "/v1/models", None, {"X-Request-Id": "no spaces"})
     assert (status, answer["error"]["param"]) == (400, "X-Request-Id")
     assert "X-Request-Id" not in headers

@@ -186,8 +186,11 @@ async def _chunks(server: Server, body: ChatFields, watcher: Watcher, request_id
     assert isinstance(output, OmniRequestOutput), "a watcher without progress gets the result alone"
     try:
         content = await _content(body, _finished(output))
-    except (ApiError, InvalidRequestError) as error:
-        yield sse(as_api_error(error).body(), "error")
+    except InvalidRequestError as error:
+        yield sse(as_api_error(_as_sent(error, body)).body(), "error")
+        return
+    except ApiError as error:
+        yield sse(error.body(), "error")
         return
     for part in content:
         yield chunk({"content": [part]}, None)
@@ -196,7 +199,9 @@ async def _chunks(server: Server, body: ChatFields, watcher: Watcher, request_id
 
 
 def _finished(output: OmniRequestOutput) -> OmniRequestOutput:
-    """Raises ``ApiError`` for one that did not finish."""
+    """Raises ``InvalidRequestError`` or ``ApiError`` for one that did not finish."""
+    if isinstance(output.error, InvalidRequestError):
+        raise output.error
     if output.error is not None:
         raise as_api_error(output.error)
     if not output.finished:

@@ -78,6 +78,10 @@ def as_api_error(error: BaseException, *, log: bool = True) -> ApiError:
         return error
     if isinstance(error, GenerationError) and error.__cause__ is not None:
         return as_api_error(error.__cause__, log=log)
+    if isinstance(error, InvalidRequestError) and error.param == "request_id":
+        # Of a request that is sent, the engine's name; clients send it as a header.
+        text = str(error).replace("request_id=", "X-Request-Id=", 1)
+        return ApiError(400, text, code="invalid_value", param="X-Request-Id")
     if isinstance(error, InvalidRequestError):
         return ApiError(400, str(error), code="invalid_value", param=error.param)
     if isinstance(error, ClientDisconnect):

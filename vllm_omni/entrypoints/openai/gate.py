@@ -48,10 +48,10 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id")
-        request_id = new_request_id() if given is None else given
+        request_id = headers.get("x-request-id")
+        if request_id is None:
+            request_id = new_request_id()
         scope.setdefault("state", {})["request_id"] = request_id
-        scope["state"]["request_id_was_given"] = given is not None
         send = self._sending(scope, send, request_id)
         refusal = self._refusal(scope, headers, request_id)
         if refusal is not None:

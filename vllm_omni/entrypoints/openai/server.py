@@ -101,16 +101,10 @@ def served_name(model: str | None, config: ServerConfig, folder: str) -> str:
     return Path(folder).name if model is None or Path(model).exists() else model
 
 
-def given_request_id(request: Request) -> str | None:
-    """The id that the client chose in X-Request-Id, else the one that was made for it."""
-    request_id: str = request.state.request_id
-    return request_id
-
-
 def placing_of(request: Request, body: RequestFields) -> dict[str, Any]:
     """Keywords of ``AsyncOmni.submit`` by which a request takes its place in the queue."""
     return {
-        "request_id": given_request_id(request),
+        "request_id": request.state.request_id,  # the client's X-Request-Id, else one that was made for it
         "priority": body.priority,
         "deadline_s": body.deadline_s,
         "client": body.client,
