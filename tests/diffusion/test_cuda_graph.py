@@ -60,6 +60,19 @@ def test_a_graph_gives_what_the_blocks_give_for_the_inputs_of_each_call(toy):
     assert toy.blocks.describe() == ("CUDA graphs",)
 
 
+def test_transformers_of_the_same_shapes_have_graphs_of_their_own_weights(toy):
+    other, plain = Toy(), Toy()
+    for model in (other, plain):
+        for parameter in model.parameters():
+            parameter.data.mul_(1.5)
+    other.stages = cuda_graph._graphed(other.stages, toy.blocks)
+    for seed in range(5):
+        torch.testing.assert_close(toy.model(*drawn(seed)), toy.plain(*drawn(seed)), rtol=0, atol=0)
+    for seed in range(5):
+        torch.testing.assert_close(other(*drawn(seed)), plain(*drawn(seed)), rtol=0, atol=0)
+    assert len(toy.blocks._by_key) == 2
+
+
 def test_shapes_have_a_graph_each(toy):
     for seed in range(5):
         for rows, text_tokens in ((2, 3), (1, 3), (2, 4)):

@@ -66,7 +66,9 @@ class GraphedBlocks:
         sharded = current_sharded_forward()
         # Two sequences may leave this rank as many tokens, and another rank not.
         total = None if sharded is None else sharded.total
-        shapes = self._shapes((start, stop, total, *(_signature(tensors) for tensors in given)))
+        # Two transformers of one pipeline, such as experts for different steps, have the same shapes and other weights.
+        owner = id(stages.spans[0].blocks[0])
+        shapes = self._shapes((owner, start, stop, total, *(_signature(tensors) for tensors in given)))
         shapes.num_runs += 1
         if shapes.num_runs == 1:
             return _in_sequence(plain, streams, row_inputs, start, stop)
