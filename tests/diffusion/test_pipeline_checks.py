@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
+import torch
 from torch import nn
 
 from tests.tiny_flux import autoencoder_kl
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.groups import ParallelGroups, TensorParallelRank
+from vllm_omni.diffusion.distributed.vae_parallel import share_tiles
 from vllm_omni.diffusion.model_loader.components import decode_in_parts
+from vllm_omni.diffusion.worker.out_of_memory import explained
 from vllm_omni.diffusion.worker.pipeline_checks import check_pipeline
 from vllm_omni.errors import FeatureNotAvailableError
 
@@ -49,6 +54,28 @@ def test_slices_and_tiles_reach_an_autoencoder_that_the_pipeline_loaded_itself(o
 def test_a_pipeline_without_an_autoencoder_that_can_refuses_slices_and_tiles(option):
     with pytest.raises(FeatureNotAvailableError, match=rf"{option}=True: Linear has no autoencoder.*leave the option"):
         decode_in_parts(nn.Linear(1, 1), _configuration(**{option: True}))
+
+
+def test_ranks_that_could_share_no_tiles_are_refused():
+    with pytest.raises(FeatureNotAvailableError, match=r"vae_parallel_size=2: Linear has no autoencoder.*leave the"):
+        share_tiles(nn.Linear(1, 1), TensorParallelRank(0, 2))
+
+
+def test_a_failed_step_keeps_no_tensors_of_its_forward():
+    held = []
+
+    def forward():
+        tensor = torch.zeros(4)
+        held.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("no memory")
+
+    try:
+        forward()
+    except torch.OutOfMemoryError as error:
+        advised = explained(error)
+    assert "ran out of memory" in str(advised)
+    assert advised.__cause__.__traceback__ is not None, "the lines can still be told"
+    assert held[0]() is None
 
 
 def _configuration(**options):

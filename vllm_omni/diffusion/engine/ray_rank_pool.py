@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,7 @@ from vllm_omni.errors import FeatureNotAvailableError, RankFailureError, first_l
 _PLACING_S = 60.0  # until the cluster must have room for the ranks
 _CONNECTING_S = 120.0  # a process starts meanwhile, and imports torch
 _TOKEN_BYTES = 32
+_connecting = threading.Lock()  # replicas start side by side
 
 
 def require_ray() -> Any:
@@ -38,8 +40,9 @@ def require_ray() -> Any:
             "distributed_executor_backend='ray' needs the package ray: pip install 'vllm-omni[ray]'; or use 'mp', for"
             " ranks on this machine"
         ) from error
-    if not ray.is_initialized():
-        ray.init(log_to_driver=True)
+    with _connecting:
+        if not ray.is_initialized():
+            ray.init(log_to_driver=True)
     return ray
 
 

@@ -160,13 +160,14 @@ class ModelRunner:
             self._plan = denoise_step(states, self.pipeline, max_batch_size, plan)
         except Exception as error:
             self._plan = None
+            failure = explained(error)
             self._platform.empty_cache()
             if self._groups.world.size > 1:
                 # Other ranks may wait in this step: another try of this one alone would not meet them.
-                result.errors.update((state.request_id, explained(error)) for state in states)
+                result.errors.update((state.request_id, failure) for state in states)
                 return
             if len(states) == 1:
-                result.errors[states[0].request_id] = explained(error)
+                result.errors[states[0].request_id] = failure
                 return
             for state in states:
                 self._guard(result, state.request_id, denoise_step, [state], self.pipeline, 1)
@@ -262,7 +263,8 @@ class ModelRunner:
             return state.latents
         if not self._decodes:
             return None  # the engine takes the pixels of the first rank
-        return checked(self.pipeline.decode(state), torch.Tensor, self.pipeline, "decode")
+        with working_alone():  # ranks that do not decode may go on and fail, or be done
+            return checked(self.pipeline.decode(state), torch.Tensor, self.pipeline, "decode")
 
     def _guard(self, result: WorkerResult, request_id: str, work: Callable[..., object], *arguments: Any) -> None:
         """Run ``work`` of one request; what it raises becomes that request's error."""

@@ -82,6 +82,7 @@ def serve(channel: Channel) -> None:
             reply = _reply(worker, number, command, is_first=setup.rank == 0)
             heart.is_executing = False
             send(reply)
+            del command, reply  # pixels, for one: they are memory of the device until the next command is done
 
 
 def _loaded(setup: RankSetup, on_progress: Any) -> Worker:
