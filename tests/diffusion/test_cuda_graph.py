@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.full_size_models import MODELS
-from tests import tiny_flux
+from tests import tiny_flux, tiny_wan
 from tests.diffusion.cache.toy import NUM_BLOCKS, TOKENS, WIDTH, Toy
 from tests.full_size import one_block
 from vllm_omni import Omni, OmniDiffusionSamplingParams
@@ -157,6 +157,22 @@ def test_compiled_and_graphed_pictures_are_those_of_eager_execution(side, tmp_pa
     for one, other in zip(outputs[True], outputs[False], strict=True):
         assert other.receipt.accelerations == ("torch.compile", "CUDA graphs")
         assert np.square(one.images[0] - other.images[0]).mean() < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32")  # float32 is to be exact here
+def test_two_experts_give_the_latents_of_eager_execution(tmp_path):
+    folder = str(tiny_wan.wan_t2v(tmp_path / "wan"))
+    params = OmniDiffusionSamplingParams(
+        height=64, width=64, num_frames=5, num_inference_steps=12, seed=1, output_type="latent"
+    )
+    latents = {}
+    for enforce_eager in (True, False):
+        with Omni(folder, dtype="float32", enforce_eager=enforce_eager) as omni:
+            output = [omni.generate("a cat", params)[0] for _ in range(2)][1]
+        latents[enforce_eager] = output.images[0]
+    assert output.receipt.accelerations == ("torch.compile", "CUDA graphs")
+    torch.testing.assert_close(latents[False], latents[True], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
