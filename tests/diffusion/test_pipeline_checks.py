@@ -10,8 +10,7 @@ from torch import nn
 
 from tests.tiny_flux import autoencoder_kl
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.groups import ParallelGroups, TensorParallelRank
-from vllm_omni.diffusion.distributed.vae_parallel import share_tiles
+from vllm_omni.diffusion.distributed.groups import NO_GROUPS, ParallelGroups, TensorParallelRank
 from vllm_omni.diffusion.model_loader.components import decode_in_parts
 from vllm_omni.diffusion.worker.out_of_memory import explained
 from vllm_omni.diffusion.worker.pipeline_checks import check_pipeline
@@ -26,6 +25,8 @@ from vllm_omni.errors import FeatureNotAvailableError
         ("quantization", "fp8"),
         ("tensor_parallel_size", 2),
         ("use_hsdp", True),
+        ("vae_use_tiling", True),
+        ("vae_use_slicing", True),
         ("enforce_eager", False),
         ("ulysses_degree", 2),
     ],
@@ -53,12 +54,12 @@ def test_slices_and_tiles_reach_an_autoencoder_that_the_pipeline_loaded_itself(o
 @pytest.mark.parametrize("option", ["vae_use_slicing", "vae_use_tiling"])
 def test_a_pipeline_without_an_autoencoder_that_can_refuses_slices_and_tiles(option):
     with pytest.raises(FeatureNotAvailableError, match=rf"{option}=True: Linear has no autoencoder.*leave the option"):
-        decode_in_parts(nn.Linear(1, 1), _configuration(**{option: True}))
+        _load_and_check(nn.Linear(1, 1), _configuration(**{option: True}))
 
 
 def test_ranks_that_could_share_no_tiles_are_refused():
     with pytest.raises(FeatureNotAvailableError, match=r"vae_parallel_size=2: Linear has no autoencoder.*leave the"):
-        share_tiles(nn.Linear(1, 1), TensorParallelRank(0, 2))
+        _load_and_check(nn.Linear(1, 1), _configuration(), ParallelGroups(vae=TensorParallelRank(0, 2)))
 
 
 def test_a_failed_step_keeps_no_tensors_of_its_forward():
@@ -76,6 +77,12 @@ def test_a_failed_step_keeps_no_tensors_of_its_forward():
     assert "ran out of memory" in str(advised)
     assert advised.__cause__.__traceback__ is not None, "the lines can still be told"
     assert held[0]() is None
+
+
+def _load_and_check(pipeline, config, groups=NO_GROUPS):
+    """In the order of the loader."""
+    decode_in_parts(pipeline, config)
+    check_pipeline(pipeline, config, groups)
 
 
 def _configuration(**options):

@@ -18,7 +18,6 @@ from torch import nn
 from vllm_omni.diffusion.distributed.collectives import all_gather_flat
 from vllm_omni.diffusion.distributed.groups import RankGroup
 from vllm_omni.diffusion.distributed.rank_status import waiting_for
-from vllm_omni.errors import FeatureNotAvailableError
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +30,12 @@ class _Call:
 
 
 def share_tiles(pipeline: nn.Module, group: RankGroup) -> None:
-    """Let the ranks of ``group`` decode tiles for each other, in all autoencoders of a pipeline.
-
-    Raises ``FeatureNotAvailableError`` if none of them decodes by ``tiled_decode``.
-    """
+    """Let the ranks of ``group`` decode tiles for each other, in all autoencoders of a pipeline."""
     if group.size == 1:
         return
-    autoencoders: list[Any] = [m for m in pipeline.modules() if callable(getattr(m, "tiled_decode", None))]
-    if not autoencoders:
-        raise FeatureNotAvailableError(
-            f"vae_parallel_size={group.size}: {type(pipeline).__name__} has no autoencoder with a tiled_decode whose"
-            " tiles ranks could share; leave the option out"
-        )
-    for autoencoder in autoencoders:
-        autoencoder.tiled_decode = _shared(autoencoder, group)
+    for module in pipeline.modules():
+        if callable(getattr(module, "tiled_decode", None)):
+            module.tiled_decode = _shared(module, group)  # type: ignore[assignment]
 
 
 def _shared(vae: Any, group: RankGroup) -> Callable[..., Any]:

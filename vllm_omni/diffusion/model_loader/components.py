@@ -24,7 +24,7 @@ from vllm_omni.diffusion.model_loader.weights import (
     iterate_weights,
     weight_files,
 )
-from vllm_omni.errors import FeatureNotAvailableError, InvalidModelFolderError, WeightsError
+from vllm_omni.errors import InvalidModelFolderError, WeightsError
 
 
 @contextmanager
@@ -63,23 +63,14 @@ def load_autoencoder(model_class: Any, od_config: OmniDiffusionConfig, subfolder
 
 
 def decode_in_parts(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> None:
-    """Let the autoencoders of a pipeline, whoever loaded them, work by slices and tiles as configured.
-
-    Raises ``FeatureNotAvailableError`` if there is none that can.
-    """
-    for option, attribute in (("vae_use_slicing", "use_slicing"), ("vae_use_tiling", "use_tiling")):
-        if not getattr(od_config.memory, option):
-            continue
+    """Let the autoencoders of a pipeline, whoever loaded them, work by slices and tiles as configured."""
+    modules: list[Any] = list(pipeline.modules())
+    for module in modules:
         # diffusers gives the method to all of its autoencoders, and the attribute to those that can.
-        method = option.replace("vae_use", "enable")
-        autoencoders = [m for m in pipeline.modules() if hasattr(m, attribute) and hasattr(m, method)]
-        if not autoencoders:
-            raise FeatureNotAvailableError(
-                f"{option}=True: {type(pipeline).__name__} has no autoencoder of diffusers that can do so; leave the"
-                " option out"
-            )
-        for autoencoder in autoencoders:
-            getattr(autoencoder, method)()
+        if od_config.memory.vae_use_slicing and hasattr(module, "use_slicing") and hasattr(module, "enable_slicing"):
+            module.enable_slicing()
+        if od_config.memory.vae_use_tiling and hasattr(module, "use_tiling") and hasattr(module, "enable_tiling"):
+            module.enable_tiling()
 
 
 def load_text_encoder(model_class: Any, od_config: OmniDiffusionConfig, subfolder: str = "text_encoder") -> Any:

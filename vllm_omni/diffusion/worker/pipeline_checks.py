@@ -36,6 +36,7 @@ def check_pipeline(pipeline: nn.Module, od_config: OmniDiffusionConfig, groups: 
         check_sequence_plans(pipeline)
     modules = list(pipeline.modules())
     linears = [module for module in modules if isinstance(module, LinearBase)]
+    memory = od_config.memory
     # What is asked for, what it needs, and whether that is there.
     needs: list[tuple[str | None, str, bool]] = [
         (
@@ -62,6 +63,21 @@ def check_pipeline(pipeline: nn.Module, od_config: OmniDiffusionConfig, groups: 
             "use_hsdp=True" if od_config.parallel_config.use_hsdp else None,
             "transformer that names its blocks in _repeated_blocks",
             any(repeated_blocks(pipeline)),
+        ),
+        (
+            "vae_use_tiling=True" if memory.vae_use_tiling else None,
+            "autoencoder that decodes in tiles",
+            any(getattr(module, "use_tiling", False) for module in modules),
+        ),
+        (
+            "vae_use_slicing=True" if memory.vae_use_slicing else None,
+            "autoencoder that decodes pictures one by one",
+            any(getattr(module, "use_slicing", False) for module in modules),
+        ),
+        (
+            f"vae_parallel_size={groups.vae.size}" if groups.vae.size > 1 else None,
+            "autoencoder with a tiled_decode whose tiles ranks could share",
+            any(callable(getattr(module, "tiled_decode", None)) for module in modules),
         ),
     ]
     for option, what, is_there in needs:
