@@ -6,7 +6,9 @@ exception that a Python user would expect, so ``except ValueError`` keeps workin
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import traceback
 from collections.abc import Iterable
 from typing import Any
 
@@ -127,6 +129,26 @@ def first_line(error: BaseException) -> str:
     """What an error says, in one line; its type if it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def release_frames(error: BaseException) -> None:
+    """Let go what the calls hold that led to ``error`` and have returned: tensors, a model.
+
+    The lines of its traceback remain, but not those of an error that was raised on purpose: its message says all, and
+    functions within functions hold what they refer to for as long as a traceback tells of them.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(error, OmniError):
+            seen.__traceback__ = None
+        traceback.clear_frames(seen.__traceback__)
+        # The first frame of a traceback keeps those that called it.
+        caller = None if seen.__traceback__ is None else seen.__traceback__.tb_frame.f_back
+        with contextlib.suppress(RuntimeError):  # of a frame that has not returned, as then have none of its callers
+            while caller is not None:
+                caller.clear()
+                caller = caller.f_back
+        seen = seen.__cause__ or seen.__context__
 
 
 # What is compared of a name: the comparison takes long for a long one, and no name of ours comes near.

@@ -15,7 +15,8 @@ from tests import tiny_flux, tiny_qwen_edit, tiny_wan
 from tests.tiny_qwen_edit import picture
 from vllm_omni import Omni, OmniDiffusionSamplingParams
 from vllm_omni.diffusion.attention.backends import flash_attn
-from vllm_omni.diffusion.compile import CompiledBlocks, apply_compile
+from vllm_omni.diffusion.compile import CompiledBlocks, _note_compilers, apply_compile
+from vllm_omni.diffusion.distributed.rank_status import RankStatus, rank_status, waiting_for
 from vllm_omni.diffusion.engine.configure import configure
 from vllm_omni.errors import AttentionBackendError, FeatureNotAvailableError, GenerationError
 
@@ -163,6 +164,21 @@ def test_an_attention_backend_that_cannot_run_is_still_named(qwen_folder, monkey
         with pytest.raises(GenerationError) as caught:
             generate(omni, 32, 48)
     assert isinstance(caught.value.outputs[0].error, AttentionBackendError)
+
+
+def test_a_rank_tells_when_compilers_work_for_it_and_when_their_code_does():
+    status, seen = RankStatus(), []
+
+    def backend(graph, _inputs):
+        seen.append(status.waiting_for)
+        return lambda *args: (seen.append(status.waiting_for), graph(*args))[1]
+
+    _note_compilers.__wrapped__()  # resetting the compiler forgets what was noted before
+    double = torch.compile(lambda x: x * 2, backend=backend)
+    with rank_status(status), waiting_for("compiled"):
+        double(torch.ones(3))
+    assert seen == ["compiler", "compiled"]
+    assert status.waiting_for is None
 
 
 @pytest.mark.parametrize("names", [[], ["NoSuchBlock"]])

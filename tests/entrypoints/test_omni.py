@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import traceback
 import weakref
 
 import pytest
@@ -11,6 +12,7 @@ from vllm_omni import Omni, OmniDiffusionSamplingParams
 from vllm_omni.diffusion.data import DiffusionParallelConfig
 from vllm_omni.diffusion.denoise import DenoiseState
 from vllm_omni.diffusion.engine.results import _accelerations
+from vllm_omni.diffusion.models.qwen_image.pipeline_qwen_image import QwenImagePipeline
 from vllm_omni.errors import (
     EngineClosedError,
     GenerationError,
@@ -194,6 +196,47 @@ def test_closing_frees_the_model(qwen_folder):
     model = weakref.ref(omni._engine._executor._worker._runner.pipeline)
     omni.close()
     assert model() is None, "it must be gone before the allocator is told to give memory back"
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [InvalidRequestError("no such colour", param="prompt"), torch.OutOfMemoryError("20 GiB"), ArithmeticError("a bug")],
+    ids=lambda cause: type(cause).__name__,
+)
+def test_an_error_that_is_kept_keeps_no_model(qwen_folder, monkeypatch, cause):
+    def prepare(pipeline, _request):
+        weights = pipeline.transformer
+        if isinstance(cause, ArithmeticError):
+            raise cause
+        (lambda: fail(weights))()
+
+    def fail(_weights):
+        raise cause
+
+    monkeypatch.setattr(QwenImagePipeline, "prepare", prepare)
+    omni = Omni(str(qwen_folder))
+    model = weakref.ref(omni._engine._executor._worker._runner.pipeline)
+    with pytest.raises((InvalidRequestError, GenerationError)) as caught:
+        omni.generate("a cat", params())
+    omni.close()
+    assert model() is None, f"kept by {caught.value!r}"
+    assert "prepare" in [entry.name for entry in traceback.extract_tb(cause.__traceback__)] or not isinstance(
+        cause, ArithmeticError
+    )
+
+
+def test_a_generator_gives_each_request_other_noise_and_as_often_as_it_is_seeded_the_same(qwen_omni):
+    def pictures():
+        given = params(seed=None, generator=torch.Generator().manual_seed(3))
+        with pytest.raises(InvalidRequestError):  # takes nothing of it
+            qwen_omni.generate(["a cat", {"prompt": 1}], given)
+        qwen_omni.resolve("a cat", given)  # nor does this
+        outputs = [*qwen_omni.generate(["a cat", "a cat"], given), *qwen_omni.generate("a cat", given)]
+        return [output.images[0].tobytes() for output in outputs]
+
+    first = pictures()
+    assert len(set(first)) == 3
+    assert pictures() == first
 
 
 def test_nothing_of_a_request_is_left_when_it_is_done_or_aborted(qwen_omni):

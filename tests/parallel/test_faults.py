@@ -130,6 +130,27 @@ def test_a_replica_of_one_rank_that_hangs_is_named_though_no_rank_waits_for_it(o
         assert caught.value.outputs[1].finished
 
 
+@pytest.mark.parallel
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_hsdp": True, "hsdp_shard_size": 2},
+        {"tensor_parallel_size": 2, "enforce_eager": False},
+        {"ulysses_degree": 2, "enforce_eager": False},
+    ],
+    ids=["hsdp", "tp-compiled", "ulysses-compiled"],
+)
+def test_a_rank_is_named_in_whatever_way_the_others_wait_for_it(omni, options):
+    with Omni(omni._engine.od_config.model, device="cpu", **options) as other:
+        expected = other.generate("a red circle", params())[0].images[0]
+        for fault, cause in (("hang", "hangs"), ("stop", "has given no sign of life")):
+            started = time.monotonic()
+            with pytest.raises(GenerationError, match=f"rank 1 of 2 {cause}"):
+                other.generate(f"{fault} 1", params())
+            assert time.monotonic() - started < 10
+            assert_serves(other, expected)
+
+
 @pytest.mark.parametrize("limit", ["_SILENT_START_S", "_SILENT_LOAD_S"])
 def test_a_rank_that_is_stopped_while_it_starts_is_named(qwen_folder, monkeypatch, limit):
     def stop(rank):

@@ -142,6 +142,22 @@ def test_the_first_of_ranks_that_share_weights_decodes_by_itself(two_ranks, fold
 
 
 @pytest.mark.parallel
+@pytest.mark.parametrize("layout", [{"data_parallel_size": 2}, {"cfg_parallel_size": 2}], ids=["dp2", "cfg2"])
+def test_the_noise_of_a_generator_is_the_same_on_ranks_and_goes_on(folders, layout):
+    def latents(**options):
+        noise = {"generator": torch.Generator().manual_seed(3), "output_type": "latent", "num_inference_steps": 2}
+        with Omni(folders("shipped_image"), device="cpu", **options) as omni:
+            params = OmniDiffusionSamplingParams(height=64, width=64, **noise)
+            outputs = [omni.generate(["a red circle"] * 2, params, max_batch_size=1) for _ in range(2)]
+        return [torch.stack(list(output.images)) for pair in outputs for output in pair]
+
+    expected = latents()
+    for place, (got, wanted) in enumerate(zip(latents(**layout), expected, strict=True)):
+        assert_same_latents(got, wanted)
+        assert not any(torch.allclose(got, other, atol=0.1) for other in expected[:place])
+
+
+@pytest.mark.parallel
 @pytest.mark.parametrize("model", MODELS)
 def test_two_replicas_give_the_latents_of_one(folders, model):
     prompts, params = requests_of(model)

@@ -10,22 +10,28 @@ import pytest
 from vllm_omni.diffusion.distributed.layout import ParallelLayout
 from vllm_omni.diffusion.engine import mp_executor
 from vllm_omni.diffusion.engine.mp_executor import MultiprocessExecutor
+from vllm_omni.diffusion.engine.rank_pool import RankPool
 from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerResult
 from vllm_omni.diffusion.worker.rank_messages import RankBeat, RankReady, RankReply
-from vllm_omni.errors import RankFailureError
+from vllm_omni.errors import RankFailureError, WeightsError
+
+
+def rank_that(number, idle_s=0.0, waiting_for=None, silent_s=0.0):
+    return SimpleNamespace(
+        number=number,
+        has_beaten=True,
+        beat_time=time.monotonic() - silent_s,
+        beat=RankBeat(idle_s=idle_s, waiting_for=waiting_for),
+    )
 
 
 class FakePool:
     """One rank, which answers each command at once until it is told to die."""
 
-    def __init__(self):
-        self.ranks = [
-            SimpleNamespace(
-                number=0, has_beaten=True, beat_time=time.monotonic(), beat=RankBeat(idle_s=0.0, waiting_for=None)
-            )
-        ]
+    def __init__(self, error=None):
+        self.ranks = [rank_that(0)]
         self.dies = False
-        self._said = RankReady()
+        self._said = RankReady(error=error)
 
     def broadcast(self, value):
         if self.dies:
@@ -35,7 +41,13 @@ class FakePool:
     def receive(self, timeout_s, hear):
         hear(self.ranks[0], self._said)
 
+    def own_failure(self, rank, cause, detail):
+        return RankFailureError(f"rank 3 of 4 {cause}", rank=3, detail=detail)
+
     def check_starts(self, ready):
+        pass
+
+    def check_stalls(self, late, began):
         pass
 
     def death(self):
@@ -46,22 +58,70 @@ class FakePool:
 
 
 @pytest.fixture
-def pools(monkeypatch):
-    started: list[FakePool] = []
+def started(monkeypatch):
+    """Those that are started; ``errors`` are what those to come meet, the last one first."""
+    made = SimpleNamespace(pools=[], errors=[])
 
     def new_pool(*_):
-        started.append(FakePool())
-        return started[-1]
+        made.pools.append(FakePool(made.errors.pop() if made.errors else None))
+        return made.pools[-1]
 
     monkeypatch.setattr(mp_executor, "_new_pool", new_pool)
-    return started
+    return made
 
 
-def test_a_request_that_was_aborted_in_a_round_that_fails_is_not_told_of_again(pools):
+def test_a_request_that_was_aborted_in_a_round_that_fails_is_not_told_of_again(started):
     executor = MultiprocessExecutor(SimpleNamespace(enforce_eager=True), ParallelLayout())
     executor.execute(WorkerCommand(prepare=tuple(SimpleNamespace(request_id=name) for name in "ab"), step=("a", "b")))
-    pools[0].dies = True
+    started.pools[0].dies = True
     result = executor.execute(WorkerCommand(release=("a",), step=("b",)))
     assert list(result.errors) == ["b"]
     assert executor.execute(WorkerCommand(step=())).errors == {}
     executor.close()
+
+
+def test_what_a_rank_met_at_the_first_start_is_the_error(started):
+    started.errors = [WeightsError("a file is cut short")]
+    with pytest.raises(WeightsError, match="a file is cut short"):
+        MultiprocessExecutor(SimpleNamespace(), ParallelLayout())
+
+
+def test_a_rank_that_cannot_start_again_is_named_with_what_it_met(started, monkeypatch):
+    monkeypatch.setattr(MultiprocessExecutor, "_start_again", lambda _executor: None)
+    executor = MultiprocessExecutor(SimpleNamespace(), ParallelLayout())
+    executor.execute(WorkerCommand(prepare=(SimpleNamespace(request_id="a"),), step=("a",)))
+    started.errors = [WeightsError("a file is cut short")]
+    started.pools[0].dies = True
+    executor.execute(WorkerCommand(step=("a",)))
+    result = executor.execute(WorkerCommand(prepare=(SimpleNamespace(request_id="b"),)))
+    (error,) = result.errors.values()
+    executor.close()
+    assert isinstance(error, RankFailureError)
+    assert error.rank == 3
+    assert "rank 3 of 4 failed while it started: WeightsError: a file is cut short" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("beats", "named"),
+    [
+        ([(5.9, None), (0, "ranks")], None),
+        ([(6.1, None), (0, "ranks")], 0),
+        ([(6.1, None), (6.4, None)], None),
+        ([(8.5, None), (8.6, None)], 1),
+        ([(6.2, "compiled"), (6.1, None)], 1),
+        ([(8.5, "compiled"), (0.0, "compiler")], 0),
+        ([(0, "ranks"), (59, "compiler")], None),
+        ([(0, "ranks"), (61, "compiler")], 1),
+        ([(0, "ranks"), (0, "compiler", 6.1)], 1),
+        ([(0, "ranks"), (0, "device")], None),
+    ],
+)
+def test_the_rank_that_hangs_is_told_from_those_that_wait_for_it(beats, named):
+    ranks = [rank_that(number, *beat) for number, beat in enumerate(beats)]
+    pool = SimpleNamespace(ranks=ranks, failure=lambda rank, cause: RankFailureError(cause, rank=rank.number))
+    if named is None:
+        RankPool.check_stalls(pool, ranks, began=0.0)
+        return
+    with pytest.raises(RankFailureError) as caught:
+        RankPool.check_stalls(pool, ranks, began=0.0)
+    assert caught.value.rank == named

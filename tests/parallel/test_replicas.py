@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -13,16 +14,20 @@ from vllm_omni.diffusion.engine import replicas
 from vllm_omni.diffusion.engine.background import Turns
 from vllm_omni.diffusion.engine.replicas import ReplicatedExecutor
 from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerResult
+from vllm_omni.errors import EngineClosedError
 
 
 class FakeReplica:
     """Finishes what it prepares at once."""
 
-    def __init__(self, *_args, first_device):
+    def __init__(self, *_args, first_device, closing):
         self.number, self.is_alive, self.is_closed = first_device, True, False
         self.num_ready, self.num_in_flight = 1, 0
         if first_device == 1 and self.fails:
             raise RuntimeError("the second replica does not start")
+        if self.fails and first_device == 2:
+            assert closing.wait(30)
+            raise EngineClosedError("it still loaded")
         self.made.append(self)
 
     def begin(self, command):
@@ -77,8 +82,15 @@ def test_a_replica_that_starts_again_gets_a_request_only_if_no_other_is_ready(fa
 def test_replicas_that_started_are_closed_if_another_did_not(fake):
     fake.fails = True
     with pytest.raises(RuntimeError, match="the second replica does not start"):
-        ReplicatedExecutor(None, ParallelLayout(data=2))
+        ReplicatedExecutor(None, ParallelLayout(data=3))
     assert [replica.is_closed for replica in fake.made] == [True]
+
+
+def test_replicas_that_still_load_do_not_go_on_if_another_did_not_start(fake):
+    fake.fails, before = True, time.monotonic()
+    with pytest.raises(RuntimeError, match="the second replica does not start"):
+        ReplicatedExecutor(None, ParallelLayout(data=3))
+    assert time.monotonic() - before < 2
 
 
 def test_calls_in_the_background_take_turns_and_what_one_raises_stops_no_other():

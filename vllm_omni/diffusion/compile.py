@@ -7,6 +7,8 @@ that pictures of another size or texts of another length run the code that is th
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.callback import on_compile_end, on_compile_start
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.rank_status import waiting_for
 from vllm_omni.errors import FeatureNotAvailableError, first_line
 from vllm_omni.logger import init_logger
 
@@ -70,6 +74,7 @@ def apply_compile(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> Compil
         # torch has no other way to say it. It reads the variables when it compiles.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = od_config.start.compile_cache_dir
         os.environ["TRITON_CACHE_DIR"] = str(Path(od_config.start.compile_cache_dir) / "triton")
+    _note_compilers()
     blocks = CompiledBlocks()
     for transformer, names in repeated_blocks(pipeline):
         for block in transformer.modules():
@@ -81,6 +86,14 @@ def apply_compile(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> Compil
                 options = _LATE_WAITS if od_config.parallel_config.tensor_parallel_size > 1 else None
                 block.forward = _compiled(block.forward, blocks, dynamic, options)
     return blocks
+
+
+@functools.cache
+def _note_compilers() -> None:
+    """Have this rank tell, whenever it compiles, that compilers work for it."""
+    compiling = contextlib.ExitStack()
+    on_compile_start(lambda _: compiling.enter_context(waiting_for("compiler")))
+    on_compile_end(lambda _: compiling.close())
 
 
 def repeated_blocks(pipeline: nn.Module) -> Iterator[tuple[nn.Module, set[str]]]:
@@ -101,7 +114,8 @@ def _compiled(
         if blocks.failure is not None:
             return forward(*args, **kwargs)
         try:
-            return compiled(*args, **kwargs)
+            with waiting_for("compiled"):
+                return compiled(*args, **kwargs)
         except FailOnRecompileLimitHit:
             # The code that exists stays of use for the shapes that it was made for.
             blocks.limit_was_hit = True

@@ -6,13 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Literal
+
+# "ranks" or "device" may take however long. The "compiler" works in processes of its own for a while. "compiled" code
+# may wait for other ranks or not, which it cannot say.
+Wait = Literal["ranks", "device", "compiler", "compiled"]
 
 
 @dataclass(slots=True)
 class RankStatus:
     """Written by the thread that computes, read by the one that reports to the engine."""
 
-    waiting_for: str | None = None  # "ranks" or "device"
+    waiting_for: Wait | None = None
     is_alone: bool = False  # at work in which not every rank has a part
 
 
@@ -30,8 +35,8 @@ def rank_status(status: RankStatus) -> Iterator[None]:
 
 
 @contextmanager
-def waiting_for(what: str) -> Iterator[None]:
-    """The block waits for other ranks ("ranks") or for the device ("device"), however long that takes."""
+def waiting_for(what: Wait) -> Iterator[None]:
+    """What the block waits for, if anything in it does not compute."""
     status = _current.get()
     if status is None:
         yield

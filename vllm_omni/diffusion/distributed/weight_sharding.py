@@ -7,14 +7,18 @@ whole of one or two.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 from transformers import PreTrainedModel
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.groups import ParallelGroups
+from vllm_omni.diffusion.distributed.rank_status import waiting_for
 
 
 def shard_weights(pipeline: nn.Module, od_config: OmniDiffusionConfig, groups: ParallelGroups) -> list[nn.Module]:
@@ -46,6 +50,14 @@ def shard_weights(pipeline: nn.Module, od_config: OmniDiffusionConfig, groups: P
         # The root lets one block's weights arrive while the block before it computes.
         fully_shard(transformer, mesh=groups.weights_mesh, ignored_params=outside)
     return transformers
+
+
+class _AllGather(DefaultAllGather):
+    """FSDP's own, which tells that this rank waits for the others."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.distributed.Work | None:
+        with waiting_for("ranks"):
+            return super().__call__(*args, **kwargs)
 
 
 def _encoders(pipeline: nn.Module) -> list[nn.Module]:
@@ -82,6 +94,6 @@ def _shard_blocks(blocks: Sequence[nn.Module], mesh: DeviceMesh | None) -> set[n
         # FSDP gathers tensors of one dtype at once; the few of another are small tables.
         common = max(set(dtypes), key=dtypes.count)
         whole = {parameter for parameter in block.parameters() if parameter.dtype != common}
-        fully_shard(block, mesh=mesh, ignored_params=whole)
+        fully_shard(block, mesh=mesh, ignored_params=whole).set_custom_all_gather(_AllGather())
         sharded.update(parameter for parameter in block.parameters() if parameter not in whole)
     return sharded

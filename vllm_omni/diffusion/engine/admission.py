@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from vllm_omni.diffusion.data import OmniDiffusionConfig, RequestSpec, SameAs, read_json
 from vllm_omni.diffusion.denoise import is_stepped
 from vllm_omni.diffusion.registry import resolve_diffusion_model
@@ -257,3 +259,15 @@ def _resolve_seed(params: OmniDiffusionSamplingParams) -> None:
         raise InvalidRequestError(
             f"seed={params.seed}: output i uses seed + i, and the last one would exceed {MAX_SEED}", param="seed"
         )
+
+
+def take_noise(params: OmniDiffusionSamplingParams) -> None:
+    """Give a request a generator of its own, and let the caller's, where it came from, go on to other noise.
+
+    The request's begins where the caller's is. That one is seeded anew by a number that it draws: how many numbers the
+    request will draw only its ranks know, each with a copy, and a later request must not draw the same ones.
+    """
+    given = params.generator
+    if given is not None:
+        params.generator = given.clone_state()
+        given.manual_seed(int(torch.randint(MAX_SEED, (), generator=given, device=given.device)))

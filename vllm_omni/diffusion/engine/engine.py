@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vllm_omni.diffusion.data import TASKS, OmniDiffusionConfig, RequestSpec, SameAs
-from vllm_omni.diffusion.engine.admission import Door
+from vllm_omni.diffusion.engine.admission import Door, take_noise
 from vllm_omni.diffusion.engine.executor import Executor, make_executor
 from vllm_omni.diffusion.engine.memory_budget import MemoryBudget
 from vllm_omni.diffusion.engine.results import Results, TrackedRequest
@@ -19,7 +19,7 @@ from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
 from vllm_omni.diffusion.registry import resolve_diffusion_model
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerOutput
-from vllm_omni.errors import EngineClosedError, EngineFailureError, InvalidRequestError, first_line
+from vllm_omni.errors import EngineClosedError, EngineFailureError, InvalidRequestError, first_line, release_frames
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.logger import init_logger
 from vllm_omni.outputs import FinishReason, OmniRequestOutput, StepProgress
@@ -158,6 +158,7 @@ class Engine:
         A lower ``priority`` is served earlier. ``deadline_s`` is when it should be done, in seconds from now: close to
         it the request goes before others. ``client`` is for whom it is: the policy ``fair`` shares among them.
         """
+        take_noise(request.sampling_params)
         scheduled = self._scheduled(request)
         scheduled.priority, scheduled.client = priority, client
         scheduled.deadline = None if deadline_s is None else time.monotonic() + deadline_s
@@ -258,6 +259,7 @@ class Engine:
         """The results of the requests that a failure of the workers took along. Those that wait go on."""
         error = EngineFailureError(f"the workers failed ({first_line(cause)}); send the request again")
         error.__cause__ = cause
+        release_frames(cause)
         return [
             self._output(scheduled.request.request_id, "failed", error=error)
             for scheduled in self._scheduler.fail_running()

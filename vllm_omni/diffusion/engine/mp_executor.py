@@ -28,11 +28,6 @@ logger = init_logger(__name__)
 
 _POLL_S = 0.1
 _WATCH_S = 1.0  # between two looks at ranks that have nothing to do
-# A rank that others wait for, that waits for nothing and that has computed nothing for this long, hangs. Compilers run
-# in processes of their own for a while.
-_STALL_S = 6.0
-_STALL_WHILE_COMPILING_S = 60.0
-_ALL_STALLED = 1.4  # times as long, where no rank says that it waits for the others
 # Ranks whose steps are the same answer within moments of each other once one of them has failed.
 _GRACE_S = 3.0
 _MAX_RESTARTS = 3  # in a row, without a finished request between them
@@ -40,7 +35,7 @@ _BACKOFF_S = (0.0, 1.0, 5.0)
 
 
 class MultiprocessExecutor:
-    """One replica of a model on ``layout.world_size`` ranks."""
+    """One replica of a model on ``layout.world_size`` ranks. ``closing`` ends it, whatever it does, once it is set."""
 
     def __init__(
         self,
@@ -49,12 +44,12 @@ class MultiprocessExecutor:
         on_load_progress: LoadProgress | None = None,
         *,
         first_device: int = 0,
+        closing: threading.Event | None = None,
     ) -> None:
         self._config, self._layout, self._first_device = od_config, layout, first_device
         self._on_load_progress = on_load_progress
-        self._stall_s = _STALL_S if od_config.enforce_eager else _STALL_WHILE_COMPILING_S
         self._turns = Turns()
-        self._closing = threading.Event()
+        self._closing = threading.Event() if closing is None else closing
         self._number = 0  # of the last command
         self._in_flight: dict[str, None] = {}
         self._num_restarts = 0
@@ -63,7 +58,12 @@ class MultiprocessExecutor:
         self._pool: RankPool | None = None
         self._is_ready = False
         self._start()
-        self._await_ready()
+        try:
+            self._await_ready()
+        except RankFailureError as failure:
+            if isinstance(failure.__cause__, OmniError):
+                raise failure.__cause__ from None  # it says more than which rank met it
+            raise
         call_at_times(self.look_after_ranks, _WATCH_S, self._closing)
 
     @property
@@ -163,14 +163,14 @@ class MultiprocessExecutor:
         while len(replies) < len(pool.ranks):
             self._hear(pool, hear)
             now = time.monotonic()
-            late = [rank.beat for rank in pool.ranks if rank.number not in replies]
-            if any(beat.is_alone and beat.waiting_for != "ranks" for beat in late):
+            late = [rank for rank in pool.ranks if rank.number not in replies]
+            if any(rank.beat.is_alone and rank.beat.waiting_for != "ranks" for rank in late):
                 failed_at = float("inf")  # a preview is decoded: that the others are done sooner tells nothing
             elif any(reply.failed or reply.error is not None for reply in replies.values()):
                 failed_at = min(failed_at, now)
             if now - failed_at > _GRACE_S:
                 raise self._out_of_step(pool, replies)
-            self._check_stalled(pool, replies, began)
+            pool.check_stalls(late, began)
         first = replies[0]
         # What the first rank decodes alone may fail there alone.
         lone = first.failed.intersection(command.decode) if self._layout.vae == 1 else frozenset()
@@ -189,18 +189,6 @@ class MultiprocessExecutor:
                 detail = f"{type(error).__name__}: {first_line(error)}"
                 return pool.failure(pool.ranks[number], "failed", detail)
         return pool.failure(pool.ranks[0], "did not do what the others did")
-
-    def _check_stalled(self, pool: RankPool, replies: dict[int, RankReply], began: float) -> None:
-        now = time.monotonic()
-        idle = [rank for rank in pool.ranks if rank.number not in replies]
-        for rank in idle:
-            if now - max(rank.beat_time, began) > self._stall_s:
-                raise pool.failure(rank, f"has given no sign of life for {self._stall_s:g} s")
-        stalled = [rank for rank in idle if rank.beat.idle_s > self._stall_s]
-        others_wait = bool(replies) or any(rank.beat.waiting_for is not None for rank in idle)
-        enough = self._stall_s if others_wait else self._stall_s * _ALL_STALLED
-        if stalled and stalled[0].beat.idle_s > enough:
-            raise pool.failure(stalled[0], f"hangs: it has done nothing for {stalled[0].beat.idle_s:.0f} s")
 
     def _lost(self, failure: RankFailureError) -> WorkerResult:
         """Every request in progress fails, and the ranks start anew."""
@@ -262,27 +250,26 @@ class MultiprocessExecutor:
             raise RankFailureError("the ranks could not be started again", rank=0, detail=detail) from error
 
     def _await_ready(self) -> None:
-        """Wait until every rank has loaded its part. Raises what one of them met."""
+        """Wait until every rank has loaded its part. Raises ``RankFailureError``, with what the rank met as cause."""
         pool = self._require_pool()
         ready: set[int] = set()
-        errors: list[BaseException] = []
+        failures: list[RankFailureError] = []
 
         def hear(rank: Rank, value: Any) -> None:
             if isinstance(value, LoadReport) and self._on_load_progress is not None:
                 self._on_load_progress(value.done, value.total)
             elif isinstance(value, RankReady):
                 ready.add(rank.number)
-                if isinstance(value.error, OmniError):
-                    errors.append(value.error)
-                elif value.error is not None:
+                if value.error is not None:
                     detail = f"{type(value.error).__name__}: {first_line(value.error)}"
-                    errors.append(pool.failure(rank, "failed while it started", detail))
+                    failures.append(pool.own_failure(rank, "failed while it started", detail))
+                    failures[-1].__cause__ = value.error
 
         try:
             while len(ready) < len(pool.ranks):
                 self._hear(pool, hear)
-                if errors:
-                    raise errors[0]
+                if failures:  # a rank that lost another says so in torch's words
+                    raise next((each for each in failures if isinstance(each.__cause__, OmniError)), failures[0])
                 pool.check_starts(ready)
         except BaseException:
             self._drop_pool()

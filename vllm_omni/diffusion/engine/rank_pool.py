@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,10 @@ SEND_TIMEOUT_S = 8.0
 # Without a sign of life of a rank that starts: until the first, and from one to the next.
 _SILENT_START_S = 120.0
 _SILENT_LOAD_S = 30.0
+# Nor may a rank that others wait for be silent for so long, or wait for nothing and yet compute nothing.
+_STALL_S = 6.0
+_STALL_OF_COMPILER_S = 60.0
+_STALL_UNSURE = 1.4  # times as long, where it may be that the rank waits for another
 
 
 class RankHandle(Protocol):
@@ -140,19 +144,36 @@ class RankPool:
             if rank.number not in ready and time.monotonic() - rank.beat_time > limit:
                 raise self.failure(rank, f"has given no sign of life for {limit:g} s while it started")
 
+    def check_stalls(self, late: Sequence[Rank], began: float) -> None:
+        """Raises ``RankFailureError`` for a rank that hangs, if one of those ``late`` does.
+
+        ``began``: since when their replies are waited for, in seconds of ``time.monotonic()``.
+        """
+        for rank in late:
+            if time.monotonic() - max(rank.beat_time, began) > _STALL_S:
+                raise self.failure(rank, f"has given no sign of life for {_STALL_S:g} s")
+        others_wait = len(late) < len(self.ranks) or any(
+            rank.beat.waiting_for in ("ranks", "device", "compiled") for rank in late
+        )
+        if any(rank.beat.idle_s > _patience_s(rank.beat, others_wait=others_wait) for rank in late):
+            # Whoever waits for it without saying so began to do nothing later.
+            rank = max(late, key=lambda rank: (rank.beat.waiting_for is None, rank.beat.idle_s))
+            raise self.failure(rank, f"hangs: it has done nothing for {rank.beat.idle_s:.0f} s")
+
     def death(self) -> RankFailureError | None:
         """The error for a rank whose process has ended; None if all live."""
         for rank in self.ranks:
             gone = rank.handle.why_gone()
             if gone is not None:
-                return self._error(rank, gone)
+                return self.own_failure(rank, gone)
         return None
 
     def failure(self, rank: Rank, cause: str, detail: str | None = None) -> RankFailureError:
         """The error for ``rank``; for another one, if that has died: then what ``rank`` says only follows from it."""
-        return self.death() or self._error(rank, cause, detail)
+        return self.death() or self.own_failure(rank, cause, detail)
 
-    def _error(self, rank: Rank, cause: str, detail: str | None = None) -> RankFailureError:
+    def own_failure(self, rank: Rank, cause: str, detail: str | None = None) -> RankFailureError:
+        """The error for ``rank``, whatever became of the others."""
         number = self._first + rank.number
         return RankFailureError(f"rank {number} of {self._total} {cause}", rank=number, detail=detail)
 
@@ -168,6 +189,13 @@ class RankPool:
         self._finalizer()
         self._selector.close()
         del self._store
+
+
+def _patience_s(beat: RankBeat, *, others_wait: bool) -> float:
+    if beat.waiting_for == "compiler":
+        return _STALL_OF_COMPILER_S
+    is_sure = others_wait and beat.waiting_for is None
+    return _STALL_S if is_sure else _STALL_S * _STALL_UNSURE
 
 
 class _LocalProcess:

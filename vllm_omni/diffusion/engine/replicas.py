@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import replace
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -13,6 +14,8 @@ from vllm_omni.diffusion.engine.mp_executor import MultiprocessExecutor
 from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
 from vllm_omni.diffusion.worker.messages import MemoryUse, WorkerCommand, WorkerResult
 
+_ENDING_S = 3.0  # that replicas have to end if one did not start
+
 
 class ReplicatedExecutor:
     """``layout.data`` replicas, each on ranks of its own. What befalls one leaves the others alone."""
@@ -21,6 +24,7 @@ class ReplicatedExecutor:
         self, od_config: OmniDiffusionConfig, layout: ParallelLayout, on_load_progress: LoadProgress | None = None
     ) -> None:
         self._place: dict[str, int] = {}  # of each request in progress
+        closing = threading.Event()
         starts = [
             in_background(
                 MultiprocessExecutor,
@@ -28,14 +32,17 @@ class ReplicatedExecutor:
                 layout,
                 on_load_progress if replica == 0 else None,
                 first_device=replica * layout.world_size,
+                closing=closing,
             )
             for replica in range(layout.data)
         ]
         try:
             self.replicas = [start.result() for start in starts]
         except BaseException:
+            closing.set()  # those that still load need not come to its end
             for start in starts:
                 start.add_done_callback(_close)
+            wait(starts, _ENDING_S)
             raise
 
     @property

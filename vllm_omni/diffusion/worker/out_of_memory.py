@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import traceback
-
 import torch
 
-from vllm_omni.errors import InsufficientMemoryError, first_line
+from vllm_omni.errors import InsufficientMemoryError, first_line, release_frames
 
 
 def explained(error: Exception) -> Exception:
     """Memory that ran out, as an error that says what to do; any other error as it is.
 
-    What the frames of its traceback hold is let go: tensors of a forward that failed, for which another try of a
-    smaller one may need the memory. The lines remain.
+    Tensors of a forward that failed are let go: another try of a smaller one may need the memory.
     """
-    seen: BaseException | None = error
-    while seen is not None:
-        traceback.clear_frames(seen.__traceback__)
-        seen = seen.__cause__ or seen.__context__
+    release_frames(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         advised = InsufficientMemoryError(
             f"the device ran out of memory ({first_line(error)}); ask for a"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.layout import ParallelLayout
+from vllm_omni.diffusion.distributed.rank_status import Wait
 from vllm_omni.diffusion.registry import RegistryEntry
 from vllm_omni.diffusion.worker.messages import WorkerResult
 
@@ -28,7 +29,7 @@ class RankBeat:
     """Sent a few times per second: how long the rank has done nothing, what it waits for, and if it is alone."""
 
     idle_s: float
-    waiting_for: str | None
+    waiting_for: Wait | None
     is_alone: bool = False
 
 

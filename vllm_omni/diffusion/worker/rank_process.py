@@ -41,16 +41,19 @@ class _Heart(threading.Thread):
 
     def run(self) -> None:
         used, beaten, idle_s = time.clock_gettime(self._clock), time.monotonic(), 0.0
+        waited_for = self._status.waiting_for
         while True:
             time.sleep(_BEAT_S)
             now_used, now = time.clock_gettime(self._clock), time.monotonic()
-            if not self.is_executing or self._status.waiting_for is not None or now_used - used > _BUSY_CPU_S:
+            waiting_for = self._status.waiting_for
+            is_at_work = not self.is_executing or now_used - used > _BUSY_CPU_S
+            if is_at_work or waiting_for in ("ranks", "device") or waiting_for != waited_for:
                 idle_s = 0.0
             else:
                 # While the heart itself did not beat, the whole process or machine stood still: no sign of a hang.
                 idle_s += min(now - beaten, 2 * _BEAT_S)
-            used, beaten = now_used, now
-            beat = RankBeat(idle_s=idle_s, waiting_for=self._status.waiting_for, is_alone=self._status.is_alone)
+            used, beaten, waited_for = now_used, now, waiting_for
+            beat = RankBeat(idle_s=idle_s, waiting_for=waiting_for, is_alone=self._status.is_alone)
             try:
                 with self._lock:
                     self._channel.send(beat)

@@ -13,6 +13,7 @@ from vllm_omni.diffusion.distributed.utils import local_device
 from vllm_omni.diffusion.model_loader.diffusers_loader import LoadProgress
 from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerResult
 from vllm_omni.diffusion.worker.model_runner import ModelRunner
+from vllm_omni.errors import release_frames
 from vllm_omni.logger import init_logger
 from vllm_omni.platforms import get_platform
 
@@ -43,7 +44,10 @@ class Worker:
         assert self._runner is not None, "the engine gives a closed worker no commands"
         as_written = torch.compiler.set_stance("force_eager") if command.is_trial else contextlib.nullcontext()
         with local_device(self._device), parallel_groups(self._groups), torch.inference_mode(), as_written:
-            return self._runner.execute(command)
+            result = self._runner.execute(command)
+        for error in result.errors.values():
+            release_frames(error)  # those of the runner too have returned: who keeps the error keeps no weights
+        return result
 
     def is_usable(self) -> bool:
         """Whether the device still computes. An illegal access to memory, say, ends that for the whole process."""
