@@ -10,13 +10,17 @@ import os
 import signal
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from vllm_omni import Omni, OmniDiffusionSamplingParams
 from vllm_omni.diffusion.models.qwen_image.pipeline_qwen_image import (
     QwenImagePipeline,
     get_qwen_image_post_process_func,
 )
+from vllm_omni.diffusion.registry import register_diffusion_model
+from vllm_omni.errors import GenerationError
 
 get_faulty_post_process_func = get_qwen_image_post_process_func
 
@@ -57,3 +61,32 @@ class FaultyPipeline(QwenImagePipeline):
         if words == "no decoding":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return super().decode(state)
+
+
+def faulty_folder(folder_of_class):
+    """The folder of a tiny model of this pipeline, which is registered."""
+    register_diffusion_model(
+        "FaultyPipeline", f"{__name__}:FaultyPipeline", post_process_func="get_faulty_post_process_func"
+    )
+    return folder_of_class("FaultyPipeline")
+
+
+def params(**values):
+    values = {"height": 64, "width": 64, "num_inference_steps": 2, "seed": 1, "output_type": "latent", **values}
+    return OmniDiffusionSamplingParams(**values)
+
+
+def assert_serves(omni, expected):
+    assert torch.equal(omni.generate("a red circle", params())[0].images[0], expected)
+
+
+def assert_named_when_it_hangs(folder, **options):
+    """The second of two ranks hangs, and then is stopped: each is told in 10 seconds, and the next request succeeds."""
+    with Omni(str(folder), **options) as omni:
+        expected = omni.generate("a red circle", params())[0].images[0]
+        for fault, cause in (("hang", "hangs"), ("stop", "has given no sign of life")):
+            started = time.monotonic()
+            with pytest.raises(GenerationError, match=f"rank 1 of 2 {cause}"):
+                omni.generate(f"{fault} 1", params())
+            assert time.monotonic() - started < 10
+            assert_serves(omni, expected)

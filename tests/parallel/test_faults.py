@@ -11,29 +11,20 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from vllm_omni import Omni, OmniDiffusionSamplingParams
+from tests.parallel.faulty import assert_named_when_it_hangs, assert_serves, faulty_folder, params
+from vllm_omni import Omni
 from vllm_omni.diffusion.engine import mp_executor, rank_pool
 from vllm_omni.diffusion.engine.rank_pool import RankPool
-from vllm_omni.diffusion.registry import register_diffusion_model
 from vllm_omni.errors import GenerationError, InsufficientMemoryError, InvalidRequestError, RankFailureError
 
 ROOT = Path(__file__).parent.parent.parent
-PARAMS = {"height": 64, "width": 64, "num_inference_steps": 2, "seed": 1, "output_type": "latent"}
-
-
-def params(**values):
-    return OmniDiffusionSamplingParams(**{**PARAMS, **values})
 
 
 @pytest.fixture(scope="module")
 def omni(folder_of_class):
     """Two ranks that split a sequence, of a pipeline that can be told to fail."""
-    folder = folder_of_class("FaultyPipeline")
-    register_diffusion_model(
-        "FaultyPipeline", "tests.parallel.faulty:FaultyPipeline", post_process_func="get_faulty_post_process_func"
-    )
+    folder = faulty_folder(folder_of_class)
     with Omni(str(folder), device="cpu", ulysses_degree=2) as omni:
         yield omni
 
@@ -45,10 +36,6 @@ def expected(omni):
 
 def pids(omni):
     return omni._engine._executor.pids
-
-
-def assert_serves(omni, expected):
-    assert torch.equal(omni.generate("a red circle", params())[0].images[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -141,14 +128,7 @@ def test_a_replica_of_one_rank_that_hangs_is_named_though_no_rank_waits_for_it(o
     ids=["hsdp", "tp-compiled", "ulysses-compiled"],
 )
 def test_a_rank_is_named_in_whatever_way_the_others_wait_for_it(omni, options):
-    with Omni(omni._engine.od_config.model, device="cpu", **options) as other:
-        expected = other.generate("a red circle", params())[0].images[0]
-        for fault, cause in (("hang", "hangs"), ("stop", "has given no sign of life")):
-            started = time.monotonic()
-            with pytest.raises(GenerationError, match=f"rank 1 of 2 {cause}"):
-                other.generate(f"{fault} 1", params())
-            assert time.monotonic() - started < 10
-            assert_serves(other, expected)
+    assert_named_when_it_hangs(omni._engine.od_config.model, device="cpu", **options)
 
 
 @pytest.mark.parametrize("limit", ["_SILENT_START_S", "_SILENT_LOAD_S"])

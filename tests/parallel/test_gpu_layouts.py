@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.rank_pool import RankPool
+from tests.parallel.faulty import assert_named_when_it_hangs, faulty_folder
 from tests.parallel.generation import generate
 from tests.parallel.layouts import TEACACHE, TWO
 from tests.parallel.models import requests_of
@@ -170,3 +171,9 @@ def test_attention_over_parts_of_the_keys_merges_to_attention_over_all(backend, 
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(lse, scores.logsumexp(-1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "u2", "hsdp2"])
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_a_rank_that_hangs_is_named(folder_of_class, layout, eager):
+    assert_named_when_it_hangs(faulty_folder(folder_of_class), device="cuda", enforce_eager=eager, **TWO[layout])
