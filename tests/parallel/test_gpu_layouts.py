@@ -176,4 +176,5 @@ def test_attention_over_parts_of_the_keys_merges_to_attention_over_all(backend, 
 @pytest.mark.parametrize("layout", ["tp2", "u2", "hsdp2"])
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_a_rank_that_hangs_is_named(folder_of_class, layout, eager):
-    assert_named_when_it_hangs(faulty_folder(folder_of_class), device="cuda", enforce_eager=eager, **TWO[layout])
+    folder, options = faulty_folder(folder_of_class), {"enforce_eager": eager, **TWO[layout]}
+    assert_named_when_it_hangs(folder, ["hang"], device="cuda", **options)
