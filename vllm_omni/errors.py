@@ -134,11 +134,13 @@ def first_line(error: BaseException) -> str:
 def release_frames(error: BaseException) -> None:
     """Let go what the calls hold that led to ``error`` and have returned: tensors, a model.
 
-    The lines of its traceback remain, but not those of an error that was raised on purpose: its message says all, and
-    functions within functions hold what they refer to for as long as a traceback tells of them.
+    The lines of its traceback remain, but not those of an error that was raised on purpose, and of what caused it: its
+    message says all, and functions within functions hold what they refer to while a traceback tells of them.
     """
     seen: BaseException | None = error
-    while seen is not None:
+    known: set[int] = set()
+    while seen is not None and id(seen) not in known:  # an error may be raised from itself
+        known.add(id(seen))
         if isinstance(error, OmniError):
             seen.__traceback__ = None
         traceback.clear_frames(seen.__traceback__)

@@ -270,6 +270,21 @@ def test_an_interrupt_waits_for_no_step(running):
 
 
 @pytest.mark.parallel
+def test_an_engine_that_is_stopped_with_its_ranks_goes_on_with_them(running):
+    process, ranks = running
+    os.killpg(process.pid, signal.SIGSTOP)
+    time.sleep(8)
+    os.killpg(process.pid, signal.SIGCONT)
+    time.sleep(2)
+    assert process.poll() is None
+    assert all(alive(rank) for rank in ranks)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=5)
+    assert "KeyboardInterrupt" in stderr
+    assert "no sign of life" not in stderr
+
+
+@pytest.mark.parallel
 def test_ranks_end_with_an_engine_that_is_killed(running):
     process, ranks = running
     process.kill()

@@ -10,7 +10,7 @@ import pytest
 from vllm_omni.diffusion.distributed.layout import ParallelLayout
 from vllm_omni.diffusion.engine import mp_executor
 from vllm_omni.diffusion.engine.mp_executor import MultiprocessExecutor
-from vllm_omni.diffusion.engine.rank_pool import RankPool
+from vllm_omni.diffusion.engine.rank_pool import ENDED, RankPool
 from vllm_omni.diffusion.worker.messages import WorkerCommand, WorkerResult
 from vllm_omni.diffusion.worker.rank_messages import RankBeat, RankReady, RankReply
 from vllm_omni.errors import RankFailureError, WeightsError
@@ -109,11 +109,20 @@ def test_a_rank_that_cannot_start_again_is_named_with_what_it_met(started, monke
         ([(6.1, None), (6.4, None)], None),
         ([(8.5, None), (8.6, None)], 1),
         ([(6.2, "compiled"), (6.1, None)], 1),
-        ([(8.5, "compiled"), (0.0, "compiler")], 0),
-        ([(0, "ranks"), (59, "compiler")], None),
+        ([(7.5, "compiled"), (6.1, "ranks")], 0),
+        ([(7.5, "compiled"), (7.6, "compiled")], 1),
+        # It may wait for one that is at work.
+        ([(50, "compiled"), (0, None)], None),
+        ([(50, "compiled"), (50, "device")], None),
+        ([(50, "compiled"), (0, "compiler")], None),
+        ([(7.5, "compiled"), (0, "ranks")], None),
+        ([(59, "ranks"), (59, "compiler")], None),
         ([(0, "ranks"), (61, "compiler")], 1),
+        ([(0, None), (61, "compiler")], 1),
         ([(0, "ranks"), (0, "compiler", 6.1)], 1),
-        ([(0, "ranks"), (0, "device")], None),
+        ([(99, "ranks"), (99, "device")], None),
+        ([(99, "ranks"), (0, None)], None),
+        ([(59, "ranks"), (61, "ranks")], 1),
     ],
 )
 def test_the_rank_that_hangs_is_told_from_those_that_wait_for_it(beats, named):
@@ -125,3 +134,20 @@ def test_the_rank_that_hangs_is_told_from_those_that_wait_for_it(beats, named):
     with pytest.raises(RankFailureError) as caught:
         RankPool.check_stalls(pool, ranks, began=0.0)
     assert caught.value.rank == named
+
+
+@pytest.mark.parametrize(
+    ("ends", "named"),
+    [
+        (["was killed by SIGKILL", ENDED], "rank 0 of 2 was killed by SIGKILL"),
+        ([ENDED, "was killed by SIGKILL"], "rank 1 of 2 was killed by SIGKILL"),
+        ([None, ENDED], "rank 0 of 2 lost its connection"),
+        ([None, None], "rank 0 of 2 lost its connection"),
+    ],
+)
+def test_what_a_rank_says_yields_to_another_that_was_killed_and_not_to_one_that_ended(ends, named):
+    pool = RankPool.__new__(RankPool)
+    pool._first, pool._total = 0, len(ends)
+    handles = [SimpleNamespace(why_gone=lambda end=end: end) for end in ends]
+    pool.ranks = [SimpleNamespace(number=number, handle=handle) for number, handle in enumerate(handles)]
+    assert str(pool.failure(pool.ranks[0], "lost its connection")) == named

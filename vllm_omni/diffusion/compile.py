@@ -8,7 +8,6 @@ that pictures of another size or texts of another length run the code that is th
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.callback import on_compile_end, on_compile_start
+from torch._dynamo.callback import callback_handler
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -28,6 +27,8 @@ logger = init_logger(__name__)
 
 # Sums over ranks are waited for where they are needed: one stream of tokens computes while another is summed.
 _LATE_WAITS = {"reorder_for_compute_comm_overlap": True, "reorder_for_compute_comm_overlap_passes": ["sink_waits"]}
+
+_compiling = contextlib.ExitStack()
 
 
 class CompiledBlocks:
@@ -88,12 +89,19 @@ def apply_compile(pipeline: nn.Module, od_config: OmniDiffusionConfig) -> Compil
     return blocks
 
 
-@functools.cache
 def _note_compilers() -> None:
-    """Have this rank tell, whenever it compiles, that compilers work for it."""
-    compiling = contextlib.ExitStack()
-    on_compile_start(lambda _: compiling.enter_context(waiting_for("compiler")))
-    on_compile_end(lambda _: compiling.close())
+    """Have this rank tell, whenever it compiles, that compilers work for it. Resetting the compiler ends that."""
+    if _compilation_begins not in callback_handler.start_callbacks:
+        callback_handler.register_start_callback(_compilation_begins)
+        callback_handler.register_end_callback(_compilation_ends)
+
+
+def _compilation_begins(_about: object) -> None:
+    _compiling.enter_context(waiting_for("compiler"))
+
+
+def _compilation_ends(_about: object) -> None:
+    _compiling.close()
 
 
 def repeated_blocks(pipeline: nn.Module) -> Iterator[tuple[nn.Module, set[str]]]:

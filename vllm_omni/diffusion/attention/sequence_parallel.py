@@ -140,12 +140,12 @@ def _pass_on(block: torch.Tensor, coming_length: int, longest: int, group: RankG
     """Send keys and values to the next place while those of the place before come in. Returns what waits for them."""
     coming = block.new_empty(2, block.shape[1], coming_length, *block.shape[3:])
     following, before = (group.rank + 1) % group.size, (group.rank - 1) % group.size
-    requests = dist.batch_isend_irecv(
-        [
-            dist.P2POp(dist.isend, block, group=group.process_group, group_peer=following),
-            dist.P2POp(dist.irecv, coming, group=group.process_group, group_peer=before),
-        ]
-    )
+    operations = [
+        dist.P2POp(dist.isend, block, group=group.process_group, group_peer=following),
+        dist.P2POp(dist.irecv, coming, group=group.process_group, group_peer=before),
+    ]
+    with waiting_for("ranks"):  # the first time they connect
+        requests = dist.batch_isend_irecv(operations)
 
     def arrived() -> torch.Tensor:
         with waiting_for("ranks"):

@@ -8,8 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
-# "ranks" or "device" may take however long. The "compiler" works in processes of its own for a while. "compiled" code
-# may wait for other ranks or not, which it cannot say.
+# A "compiler" works in processes of its own for a while. "compiled" code may wait for ranks, which it cannot say.
 Wait = Literal["ranks", "device", "compiler", "compiled"]
 
 
@@ -18,6 +17,7 @@ class RankStatus:
     """Written by the thread that computes, read by the one that reports to the engine."""
 
     waiting_for: Wait | None = None
+    num_changes: int = 0  # of it
     is_alone: bool = False  # at work in which not every rank has a part
 
 
@@ -41,10 +41,13 @@ def waiting_for(what: Wait) -> Iterator[None]:
     if status is None:
         yield
         return
+    # Counted first: who reads the count last has seen no later wait than it tells of.
+    status.num_changes += 1
     previous, status.waiting_for = status.waiting_for, what
     try:
         yield
     finally:
+        status.num_changes += 1
         status.waiting_for = previous
 
 

@@ -7,12 +7,11 @@ pre-process function derives from the request (a size from a picture), then the 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig, RequestSpec, SameAs, read_json
 from vllm_omni.diffusion.denoise import is_stepped
@@ -49,6 +48,7 @@ class Door:
     def __init__(self, od_config: OmniDiffusionConfig) -> None:
         model = resolve_diffusion_model(od_config.model_class_name)
         self.spec = model.request_spec(od_config)
+        self._device_type = od_config.torch_device.type
         self.checkpoint_defaults = read_sampling_defaults(od_config)
         self._pre_process = model.pre_process(od_config)
         self.is_stepped = is_stepped(model.pipeline_class)
@@ -66,6 +66,12 @@ class Door:
     def admit(self, prompt: Any, params: OmniDiffusionSamplingParams) -> OmniDiffusionRequest:
         """A request with all defaults resolved, pre-processed. Raises ``InvalidRequestError``."""
         request = admit(prompt, params, self.spec, self.checkpoint_defaults, self._pre_process)
+        generator = request.sampling_params.generator
+        if generator is not None and generator.device.type not in ("cpu", self._device_type):
+            raise InvalidRequestError(
+                f"generator is on {generator.device}, the model on {self._device_type}; use torch.Generator('cpu')",
+                param="generator",
+            )
         if self.is_stepped and request.sampling_params.num_inference_steps is None:
             raise InvalidRequestError(
                 "num_inference_steps is not set, and the pipeline's request_spec has no default for it; set it",
@@ -264,10 +270,11 @@ def _resolve_seed(params: OmniDiffusionSamplingParams) -> None:
 def take_noise(params: OmniDiffusionSamplingParams) -> None:
     """Give a request a generator of its own, and let the caller's, where it came from, go on to other noise.
 
-    The request's begins where the caller's is. That one is seeded anew by a number that it draws: how many numbers the
-    request will draw only its ranks know, each with a copy, and a later request must not draw the same ones.
+    The request's begins where the caller's is. That one is seeded anew by its state: how many numbers the request will
+    draw only its ranks know, each with a copy, and a later request must not draw the same ones.
     """
     given = params.generator
     if given is not None:
         params.generator = given.clone_state()
-        given.manual_seed(int(torch.randint(MAX_SEED, (), generator=given, device=given.device)))
+        digest = hashlib.sha256(given.get_state().numpy().tobytes()).digest()
+        given.manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -28,6 +28,9 @@ logger = init_logger(__name__)
 
 _POLL_S = 0.1
 _WATCH_S = 1.0  # between two looks at ranks that have nothing to do
+_STOOD_STILL_S = (
+    1.0  # after which this process cannot tell whether ranks were silent: it was stopped, say, and they too
+)
 # Ranks whose steps are the same answer within moments of each other once one of them has failed.
 _GRACE_S = 3.0
 _MAX_RESTARTS = 3  # in a row, without a finished request between them
@@ -153,7 +156,8 @@ class MultiprocessExecutor:
     def _run(self, pool: RankPool, command: WorkerCommand) -> WorkerResult:
         self._say(pool, command)
         replies: dict[int, RankReply] = {}
-        began, failed_at = time.monotonic(), float("inf")
+        began = heard = time.monotonic()
+        failed_at = float("inf")
 
         def hear(rank: Rank, value: Any) -> None:
             # Nobody has waited for the replies to a command that only released.
@@ -163,6 +167,9 @@ class MultiprocessExecutor:
         while len(replies) < len(pool.ranks):
             self._hear(pool, hear)
             now = time.monotonic()
+            if now - heard > _STOOD_STILL_S:
+                began = now
+            heard = now
             late = [rank for rank in pool.ranks if rank.number not in replies]
             if any(rank.beat.is_alone and rank.beat.waiting_for != "ranks" for rank in late):
                 failed_at = float("inf")  # a preview is decoded: that the others are done sooner tells nothing
@@ -262,7 +269,9 @@ class MultiprocessExecutor:
                 ready.add(rank.number)
                 if value.error is not None:
                     detail = f"{type(value.error).__name__}: {first_line(value.error)}"
-                    failures.append(pool.own_failure(rank, "failed while it started", detail))
+                    # What torch says of a rank that is gone follows from that.
+                    failure = pool.own_failure if isinstance(value.error, OmniError) else pool.failure
+                    failures.append(failure(rank, "failed while it started", detail))
                     failures[-1].__cause__ = value.error
 
         try:

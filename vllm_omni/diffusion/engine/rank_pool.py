@@ -21,20 +21,24 @@ import torch.distributed as dist
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.layout import ParallelLayout, rank_config_device
+from vllm_omni.diffusion.distributed.rank_status import Wait
 from vllm_omni.diffusion.registry import registry_entry
 from vllm_omni.diffusion.worker.channel import Channel, Message
 from vllm_omni.diffusion.worker.rank_messages import RankBeat, RankSetup
 from vllm_omni.errors import RankFailureError
 
+ENDED = "ended by itself"
 _CLOSING_S = 3.0  # that ranks have to end by themselves
 SEND_TIMEOUT_S = 8.0
 # Without a sign of life of a rank that starts: until the first, and from one to the next.
 _SILENT_START_S = 120.0
 _SILENT_LOAD_S = 30.0
-# Nor may a rank that others wait for be silent for so long, or wait for nothing and yet compute nothing.
+# For which a rank that others wait for is silent, or waits for nothing and yet computes nothing; and, to be sure, where
+# it may be that it waits for another.
 _STALL_S = 6.0
-_STALL_OF_COMPILER_S = 60.0
-_STALL_UNSURE = 1.4  # times as long, where it may be that the rank waits for another
+_UNSURE_STALL_S = 7.2
+# In which compilers, which are processes of their own, have done their work, and ranks have found each other.
+_LONG_STALL_S = 60.0
 
 
 class RankHandle(Protocol):
@@ -43,7 +47,7 @@ class RankHandle(Protocol):
     pid: int
 
     def why_gone(self) -> str | None:
-        """How the process ended, or None while it lives."""
+        """How the process ended, ``ENDED`` if by itself; None while it lives."""
 
     def wait(self, seconds: float) -> None:
         """Wait for its end, no longer than this."""
@@ -152,25 +156,27 @@ class RankPool:
         for rank in late:
             if time.monotonic() - max(rank.beat_time, began) > _STALL_S:
                 raise self.failure(rank, f"has given no sign of life for {_STALL_S:g} s")
-        others_wait = len(late) < len(self.ranks) or any(
-            rank.beat.waiting_for in ("ranks", "device", "compiled") for rank in late
-        )
-        if any(rank.beat.idle_s > _patience_s(rank.beat, others_wait=others_wait) for rank in late):
-            # Whoever waits for it without saying so began to do nothing later.
-            rank = max(late, key=lambda rank: (rank.beat.waiting_for is None, rank.beat.idle_s))
-            raise self.failure(rank, f"hangs: it has done nothing for {rank.beat.idle_s:.0f} s")
+        if any(rank.beat_time < began for rank in late):
+            return  # what it said last was about the command before
+        waits = {rank.beat.waiting_for for rank in late}
+        others_wait = len(late) < len(self.ranks) or not waits.isdisjoint({"ranks", "device", "compiled"})
+        hanging = _hanging(late, _STALL_S if others_wait else _UNSURE_STALL_S)
+        if hanging is not None:
+            raise self.failure(hanging, f"hangs: it has done nothing for {hanging.beat.idle_s:.0f} s")
 
     def death(self) -> RankFailureError | None:
         """The error for a rank whose process has ended; None if all live."""
-        for rank in self.ranks:
-            gone = rank.handle.why_gone()
-            if gone is not None:
-                return self.own_failure(rank, gone)
-        return None
+        gone = [(rank, why) for rank in self.ranks if (why := rank.handle.why_gone()) is not None]
+        # Those that ended by themselves may have followed.
+        rank, why = min(gone, key=lambda each: each[1] == ENDED, default=(None, ENDED))
+        return None if rank is None else self.own_failure(rank, why)
 
     def failure(self, rank: Rank, cause: str, detail: str | None = None) -> RankFailureError:
-        """The error for ``rank``; for another one, if that has died: then what ``rank`` says only follows from it."""
-        return self.death() or self.own_failure(rank, cause, detail)
+        """The error for ``rank``; for another one, if that was killed: then what ``rank`` says only follows from it."""
+        death = self.death()
+        if death is None or death.summary.endswith(ENDED):
+            return self.own_failure(rank, cause, detail)
+        return death
 
     def own_failure(self, rank: Rank, cause: str, detail: str | None = None) -> RankFailureError:
         """The error for ``rank``, whatever became of the others."""
@@ -191,11 +197,15 @@ class RankPool:
         del self._store
 
 
-def _patience_s(beat: RankBeat, *, others_wait: bool) -> float:
-    if beat.waiting_for == "compiler":
-        return _STALL_OF_COMPILER_S
-    is_sure = others_wait and beat.waiting_for is None
-    return _STALL_S if is_sure else _STALL_S * _STALL_UNSURE
+def _hanging(late: Sequence[Rank], stall_s: float) -> Rank | None:
+    """Which of the ranks that are waited for hangs, if one does; of several the one that has been idle for longest."""
+    by_idle = sorted(late, key=lambda rank: -rank.beat.idle_s)
+    patience_s: dict[Wait | None, float] = {None: stall_s, "compiler": _LONG_STALL_S}
+    if all(rank.beat.waiting_for != "device" and rank.beat.idle_s > _STALL_S for rank in late):
+        # Nobody computes for whom the others could wait.
+        patience_s |= {"compiled": _UNSURE_STALL_S, "ranks": _LONG_STALL_S}
+    sure = (rank for rank in by_idle if rank.beat.idle_s > patience_s.get(rank.beat.waiting_for, float("inf")))
+    return next(sure, None)
 
 
 class _LocalProcess:
@@ -214,8 +224,8 @@ class _LocalProcess:
 
     def why_gone(self) -> str | None:
         code = self._process.poll()
-        if code is None:
-            return None
+        if not code:
+            return None if code is None else ENDED
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
     def wait(self, seconds: float) -> None:

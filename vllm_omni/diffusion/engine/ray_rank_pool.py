@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from vllm_omni.diffusion.engine.rank_pool import SEND_TIMEOUT_S, Rank, RankHandle, RankPool
+from vllm_omni.diffusion.engine.rank_pool import ENDED, SEND_TIMEOUT_S, Rank, RankHandle, RankPool
 from vllm_omni.diffusion.worker.channel import Channel
 from vllm_omni.errors import FeatureNotAvailableError, RankFailureError, first_line
 
@@ -113,7 +113,7 @@ class _RayProcess:
             self._ray.get(self._end)
         except Exception as error:  # of any kind: what the actor raised, or Ray's word that it died
             return f"ended: {type(error).__name__}: {first_line(error)}"
-        return "ended"
+        return ENDED
 
     def wait(self, seconds: float) -> None:
         if self._ray.is_initialized():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import replace
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -37,12 +37,12 @@ class ReplicatedExecutor:
             for replica in range(layout.data)
         ]
         try:
+            for start in wait(starts, return_when=FIRST_EXCEPTION).done:
+                start.result()
             self.replicas = [start.result() for start in starts]
         except BaseException:
             closing.set()  # those that still load need not come to its end
-            for start in starts:
-                start.add_done_callback(_close)
-            wait(starts, _ENDING_S)
+            wait([in_background(_close, start) for start in starts], _ENDING_S)
             raise
 
     @property

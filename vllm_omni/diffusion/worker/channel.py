@@ -130,7 +130,7 @@ def _padded(num_bytes: int) -> int:
 
 
 class _Pickler(pickle.Pickler):
-    """Puts tensors aside, and takes errors apart, which cannot be pickled as they are."""
+    """Puts tensors aside, and takes apart errors, which cannot be pickled as they are, and random generators."""
 
     def __init__(self, file: io.BytesIO, tensors: list[torch.Tensor]) -> None:
         super().__init__(file, protocol=5)
@@ -146,6 +146,8 @@ class _Pickler(pickle.Pickler):
         return (value.dtype, tuple(tensor.shape), tuple(order.index(dim) for dim in range(value.dim())))
 
     def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, torch.Generator):
+            return _restored_generator, (value.device.type, value.get_state())
         if isinstance(value, BaseException):
             return _restored_error, (type(value), value.args, _plain(value.__dict__), value.__cause__)
         return NotImplemented
@@ -182,6 +184,11 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
         else:
             kept[name] = value
     return kept
+
+
+def _restored_generator(device_type: str, state: torch.Tensor) -> torch.Generator:
+    """On the device of this rank, which may know it by another number."""
+    return torch.Generator(device_type).set_state(state.clone())
 
 
 def _restored_error(

@@ -26,7 +26,7 @@ class RankSetup:
 
 @dataclass(frozen=True, kw_only=True)
 class RankBeat:
-    """Sent a few times per second: how long the rank has done nothing, what it waits for, and if it is alone."""
+    """Sent a few times per second: how long the rank has computed nothing, what it waits for, and if it is alone."""
 
     idle_s: float
     waiting_for: Wait | None

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from vllm_omni.diffusion.distributed.groups import NO_GROUPS, build_groups
 from vllm_omni.diffusion.distributed.rank_status import RankStatus, rank_status
 from vllm_omni.diffusion.registry import restore_registry_entry
-from vllm_omni.diffusion.worker.channel import Channel
+from vllm_omni.diffusion.worker.channel import Channel, Message
 from vllm_omni.diffusion.worker.messages import WorkerCommand
 from vllm_omni.diffusion.worker.rank_messages import LoadReport, RankBeat, RankReady, RankReply, RankSetup
 from vllm_omni.diffusion.worker.worker import Worker
@@ -41,18 +41,18 @@ class _Heart(threading.Thread):
 
     def run(self) -> None:
         used, beaten, idle_s = time.clock_gettime(self._clock), time.monotonic(), 0.0
-        waited_for = self._status.waiting_for
+        num_changes = self._status.num_changes
         while True:
             time.sleep(_BEAT_S)
             now_used, now = time.clock_gettime(self._clock), time.monotonic()
             waiting_for = self._status.waiting_for
-            is_at_work = not self.is_executing or now_used - used > _BUSY_CPU_S
-            if is_at_work or waiting_for in ("ranks", "device") or waiting_for != waited_for:
+            num_before, num_changes = num_changes, self._status.num_changes
+            if not self.is_executing or now_used - used > _BUSY_CPU_S or num_changes != num_before:
                 idle_s = 0.0
             else:
                 # While the heart itself did not beat, the whole process or machine stood still: no sign of a hang.
                 idle_s += min(now - beaten, 2 * _BEAT_S)
-            used, beaten, waited_for = now_used, now, waiting_for
+            used, beaten = now_used, now
             beat = RankBeat(idle_s=idle_s, waiting_for=waiting_for, is_alone=self._status.is_alone)
             try:
                 with self._lock:
@@ -68,8 +68,12 @@ def serve(channel: Channel) -> None:
     heart.start()
 
     def send(value: Any) -> None:
-        with lock:
-            channel.send(value)
+        message = Message(value)  # a video takes a while, in which the heart beats on
+        try:
+            with lock:
+                channel.send_message(message)
+        finally:
+            message.close()
 
     setup: RankSetup = channel.receive()
     try:
@@ -81,6 +85,7 @@ def serve(channel: Channel) -> None:
     with rank_status(status):
         while True:
             number, command = channel.receive()
+            status.num_changes += 1
             heart.is_executing = True
             reply = _reply(worker, number, command, is_first=setup.rank == 0)
             heart.is_executing = False
