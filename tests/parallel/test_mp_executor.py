@@ -119,7 +119,12 @@ def test_a_rank_that_cannot_start_again_is_named_with_what_it_met(started, monke
         ([(59, "ranks"), (59, "compiler")], None),
         ([(0, "ranks"), (61, "compiler")], 1),
         ([(0, None), (61, "compiler")], 1),
-        ([(0, "ranks"), (0, "compiler", 6.1)], 1),
+        ([(0, "ranks"), (0, None, 6.6)], 1),
+        ([(0, "compiler", 59), (0, "ranks")], None),
+        ([(0, "compiler", 61), (0, "ranks")], 0),
+        # It may be silent because it waits for the other, in a call that stops all of its threads.
+        ([(0, "compiler", 7.3), (7.3, None)], 1),
+        ([(0, "compiled", 6.6), (6.1, None)], 1),
         ([(99, "ranks"), (99, "device")], None),
         ([(99, "ranks"), (0, None)], None),
         ([(59, "ranks"), (61, "ranks")], 1),

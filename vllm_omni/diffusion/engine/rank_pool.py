@@ -33,10 +33,12 @@ SEND_TIMEOUT_S = 8.0
 # Without a sign of life of a rank that starts: until the first, and from one to the next.
 _SILENT_START_S = 120.0
 _SILENT_LOAD_S = 30.0
-# For which a rank that others wait for is silent, or waits for nothing and yet computes nothing; and, to be sure, where
-# it may be that it waits for another.
+# For which a rank that others wait for waits for nothing and yet computes nothing. To be sure, longer where it may be
+# that it waits for another, and where it is silent: a kernel that is loaded stops all threads, and may have to wait for
+# a device that waits for a rank that hangs.
 _STALL_S = 6.0
 _UNSURE_STALL_S = 7.2
+_SILENCE_S = 6.5
 # In which compilers, which are processes of their own, have done their work, and ranks have found each other.
 _LONG_STALL_S = 60.0
 
@@ -153,16 +155,25 @@ class RankPool:
 
         ``began``: since when their replies are waited for, in seconds of ``time.monotonic()``.
         """
+        heard = [rank for rank in late if rank.beat_time >= began]  # others told of the command before
+        waits = {rank.beat.waiting_for for rank in heard}
+        others_wait = len(heard) < len(self.ranks) or not waits.isdisjoint({"ranks", "device", "compiled"})
+        patience_s: dict[Wait | None, float] = {
+            None: _STALL_S if others_wait else _UNSURE_STALL_S,
+            "compiler": _LONG_STALL_S,
+        }
+        if len(heard) == len(late) and all(
+            rank.beat.waiting_for != "device" and rank.beat.idle_s > _STALL_S for rank in late
+        ):
+            # Nobody computes for whom the others could wait.
+            patience_s |= {"compiled": _UNSURE_STALL_S, "ranks": _LONG_STALL_S}
+        for rank in sorted(heard, key=lambda rank: -rank.beat.idle_s):
+            if rank.beat.idle_s > patience_s.get(rank.beat.waiting_for, float("inf")):
+                raise self.failure(rank, f"hangs: it has done nothing for {rank.beat.idle_s:.0f} s")
         for rank in late:
-            if time.monotonic() - max(rank.beat_time, began) > _STALL_S:
-                raise self.failure(rank, f"has given no sign of life for {_STALL_S:g} s")
-        if any(rank.beat_time < began for rank in late):
-            return  # what it said last was about the command before
-        waits = {rank.beat.waiting_for for rank in late}
-        others_wait = len(late) < len(self.ranks) or not waits.isdisjoint({"ranks", "device", "compiled"})
-        hanging = _hanging(late, _STALL_S if others_wait else _UNSURE_STALL_S)
-        if hanging is not None:
-            raise self.failure(hanging, f"hangs: it has done nothing for {hanging.beat.idle_s:.0f} s")
+            silent_s = time.monotonic() - max(rank.beat_time, began)
+            if silent_s > (_LONG_STALL_S if rank.beat.waiting_for == "compiler" else _SILENCE_S):
+                raise self.failure(rank, f"has given no sign of life for {silent_s:.0f} s")
 
     def death(self) -> RankFailureError | None:
         """The error for a rank whose process has ended; None if all live."""
@@ -195,17 +206,6 @@ class RankPool:
         self._finalizer()
         self._selector.close()
         del self._store
-
-
-def _hanging(late: Sequence[Rank], stall_s: float) -> Rank | None:
-    """Which of the ranks that are waited for hangs, if one does; of several the one that has been idle for longest."""
-    by_idle = sorted(late, key=lambda rank: -rank.beat.idle_s)
-    patience_s: dict[Wait | None, float] = {None: stall_s, "compiler": _LONG_STALL_S}
-    if all(rank.beat.waiting_for != "device" and rank.beat.idle_s > _STALL_S for rank in late):
-        # Nobody computes for whom the others could wait.
-        patience_s |= {"compiled": _UNSURE_STALL_S, "ranks": _LONG_STALL_S}
-    sure = (rank for rank in by_idle if rank.beat.idle_s > patience_s.get(rank.beat.waiting_for, float("inf")))
-    return next(sure, None)
 
 
 class _LocalProcess:
