@@ -141,6 +141,14 @@ def test_the_rank_that_hangs_is_told_from_those_that_wait_for_it(beats, named):
     assert caught.value.rank == named
 
 
+def test_what_a_rank_said_during_the_command_before_excuses_nothing():
+    ranks = [rank_that(0, 0, "compiler", 6.6), rank_that(1, 9, None, 6.6)]
+    pool = SimpleNamespace(ranks=ranks, failure=lambda rank, cause: RankFailureError(cause, rank=rank.number))
+    RankPool.check_stalls(pool, ranks, began=time.monotonic() - 6.4)
+    with pytest.raises(RankFailureError, match="has given no sign of life for 7 s"):
+        RankPool.check_stalls(pool, ranks, began=time.monotonic() - 6.55)
+
+
 @pytest.mark.parametrize(
     ("ends", "named"),
     [

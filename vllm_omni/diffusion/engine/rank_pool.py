@@ -172,7 +172,8 @@ class RankPool:
                 raise self.failure(rank, f"hangs: it has done nothing for {rank.beat.idle_s:.0f} s")
         for rank in late:
             silent_s = time.monotonic() - max(rank.beat_time, began)
-            if silent_s > (_LONG_STALL_S if rank.beat.waiting_for == "compiler" else _SILENCE_S):
+            compiles = rank in heard and rank.beat.waiting_for == "compiler"
+            if silent_s > (_LONG_STALL_S if compiles else _SILENCE_S):
                 raise self.failure(rank, f"has given no sign of life for {silent_s:.0f} s")
 
     def death(self) -> RankFailureError | None:
