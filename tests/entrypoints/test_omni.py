@@ -239,6 +239,15 @@ def test_a_generator_gives_each_request_other_noise_and_as_often_as_it_is_seeded
     assert pictures() == first
 
 
+def test_a_generator_on_a_device_that_the_model_is_not_on_is_refused(qwen_omni):
+    class Elsewhere(torch.Generator):
+        device = torch.device("cuda", 1)
+
+    with pytest.raises(InvalidRequestError, match=r"generator is on cuda:1, the model on cpu; use") as caught:
+        qwen_omni.generate("a cat", params(seed=None, generator=Elsewhere()))
+    assert caught.value.param == "generator"
+
+
 def test_nothing_of_a_request_is_left_when_it_is_done_or_aborted(qwen_omni):
     qwen_omni.generate(["one", "two"], [params(), params(num_inference_steps=2)])
     qwen_omni.generate("three", params(), progress=lambda event: qwen_omni.abort(event.request_id))
