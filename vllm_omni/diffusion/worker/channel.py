@@ -13,6 +13,7 @@ import os
 import pickle
 import socket
 import struct
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,10 +69,14 @@ class Message:
 
 
 class Channel:
-    """One end of a socket. Raises ``OSError`` or ``EOFError`` where the other end is gone."""
+    """One end of a socket. Raises ``OSError`` or ``EOFError`` where the other end is gone.
+
+    Threads may send side by side. While one of them makes a message, as of a video, the others are not kept waiting.
+    """
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
+        self._sending = threading.Lock()
         self._is_local = end.family == socket.AF_UNIX  # descriptors can travel
 
     def fileno(self) -> int:
@@ -85,17 +90,18 @@ class Channel:
             message.close()
 
     def send_message(self, message: Message) -> None:
-        header = _HEADER.pack(message.num_bytes, message.num_pickled, message.descriptor is not None)
-        if message.descriptor is None:
-            assert message.inline is not None, "a message is in shared memory or inline"
-            self._socket.sendall(header + message.inline)
-        elif not self._is_local:
-            self._socket.sendall(_HEADER.pack(message.num_bytes, message.num_pickled, False))
-            with open(message.descriptor, "rb", closefd=False) as content:
-                self._socket.sendfile(content, 0, message.num_bytes)
-        else:
-            self._socket.sendall(header)
-            socket.send_fds(self._socket, [b"\0"], [message.descriptor])
+        with self._sending:
+            header = _HEADER.pack(message.num_bytes, message.num_pickled, message.descriptor is not None)
+            if message.descriptor is None:
+                assert message.inline is not None, "a message is in shared memory or inline"
+                self._socket.sendall(header + message.inline)
+            elif not self._is_local:
+                self._socket.sendall(_HEADER.pack(message.num_bytes, message.num_pickled, False))
+                with open(message.descriptor, "rb", closefd=False) as content:
+                    self._socket.sendfile(content, 0, message.num_bytes)
+            else:
+                self._socket.sendall(header)
+                socket.send_fds(self._socket, [b"\0"], [message.descriptor])
 
     def receive(self) -> Any:
         num_bytes, num_pickled, is_shared = _HEADER.unpack(self._read(_HEADER.size))

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from vllm_omni.diffusion.distributed.groups import NO_GROUPS, build_groups
 from vllm_omni.diffusion.distributed.rank_status import RankStatus, rank_status
 from vllm_omni.diffusion.registry import restore_registry_entry
-from vllm_omni.diffusion.worker.channel import Channel, Message
+from vllm_omni.diffusion.worker.channel import Channel
 from vllm_omni.diffusion.worker.messages import WorkerCommand
 from vllm_omni.diffusion.worker.rank_messages import LoadReport, RankBeat, RankReady, RankReply, RankSetup
 from vllm_omni.diffusion.worker.worker import Worker
@@ -33,9 +33,9 @@ _BUSY_CPU_S = 0.01  # of a beat, from which a rank counts as computing
 class _Heart(threading.Thread):
     """Beats until the engine is gone, and then ends the process, whatever it computes."""
 
-    def __init__(self, channel: Channel, lock: threading.Lock, status: RankStatus) -> None:
+    def __init__(self, channel: Channel, status: RankStatus) -> None:
         super().__init__(name="heart", daemon=True)
-        self._channel, self._lock, self._status = channel, lock, status
+        self._channel, self._status = channel, status
         self.is_executing = False
         self._clock = time.pthread_getcpuclockid(threading.main_thread().ident or 0)
 
@@ -55,33 +55,23 @@ class _Heart(threading.Thread):
             used, beaten = now_used, now
             beat = RankBeat(idle_s=idle_s, waiting_for=waiting_for, is_alone=self._status.is_alone)
             try:
-                with self._lock:
-                    self._channel.send(beat)
+                self._channel.send(beat)
             except OSError:
                 os._exit(1)
 
 
 def serve(channel: Channel) -> None:
     """Load, then carry out commands until the engine closes the channel."""
-    lock, status = threading.Lock(), RankStatus()
-    heart = _Heart(channel, lock, status)
+    status = RankStatus()
+    heart = _Heart(channel, status)
     heart.start()
-
-    def send(value: Any) -> None:
-        message = Message(value)  # a video takes a while, in which the heart beats on
-        try:
-            with lock:
-                channel.send_message(message)
-        finally:
-            message.close()
-
     setup: RankSetup = channel.receive()
     try:
-        worker = _loaded(setup, lambda done, total: send(LoadReport(done=done, total=total)))
+        worker = _loaded(setup, lambda done, total: channel.send(LoadReport(done=done, total=total)))
     except Exception as error:
-        send(RankReady(error=error))
+        channel.send(RankReady(error=error))
         return
-    send(RankReady())
+    channel.send(RankReady())
     with rank_status(status):
         while True:
             number, command = channel.receive()
@@ -89,7 +79,7 @@ def serve(channel: Channel) -> None:
             heart.is_executing = True
             reply = _reply(worker, number, command, is_first=setup.rank == 0)
             heart.is_executing = False
-            send(reply)
+            channel.send(reply)
             del command, reply  # pixels, for one: they are memory of the device until the next command is done
 
 
